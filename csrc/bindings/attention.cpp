@@ -1,0 +1,150 @@
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "bindings/args.h"
+#include "bindings/dispatch.h"
+#include "bindings/register.h"
+#include "ops/append_mla_cache.h"
+#include "ops/mla_decode.h"
+#include "ops/mla_prefill.h"
+#include "ops/rope.h"
+
+namespace kimi {
+namespace {
+
+void rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor out) {
+  const Args a("rope");
+  Dim T{"T"}, N{"N"}, R{"R"}, P{"P"};
+  RopeParams p{};
+  p.x = a.strided<const float>("x", x, T, N, R);
+  a.require(R.size % 2 == 0, "the last axis of x has ", R.size, " elements, expected an even number");
+  Dim half{"R / 2", R.size / 2};
+  p.cos = a.dense<const float>("cos", cos, P, half);
+  p.sin = a.dense<const float>("sin", sin, P, half);
+  p.positions = a.dense<const int32_t>("positions", positions, T);
+  for (int t = 0; t < T; t++)
+    a.require(p.positions[t] >= 0 && p.positions[t] < P, "positions[", t, "] is ", p.positions[t],
+              ", expected 0 <= position < ", P.size);
+  p.out = a.strided<float>("out", out, T, N, R);
+  p.x_stride_t = x.stride[0], p.x_stride_n = x.stride[1];
+  p.out_stride_t = out.stride[0], p.out_stride_n = out.stride[1];
+  p.T = T, p.N = N, p.R = R;
+  run(cpu::rope, p);
+}
+
+// The latent cache [pages, page_size, C + R] in either of its dtypes; Void is const for reading.
+template <class Void>
+Void* cache_data(const Args& a, const Tensor& cache, Dim& pages, Dim& page_size, Dim& width) {
+  constexpr bool kRead = std::is_const_v<Void>;
+  using Float = std::conditional_t<kRead, const float, float>;
+  using Bf16 = std::conditional_t<kRead, const bf16, bf16>;
+  if (cache.dtype == DType::F32) return a.dense<Float>("cache", cache, pages, page_size, width);
+  check_type(cache.dtype == DType::BF16, a.op(), ": cache is ", a.type_of(cache), ", expected bfloat16 or float32");
+  return a.dense<Bf16>("cache", cache, pages, page_size, width);
+}
+
+void append_mla_cache(Tensor latent, Tensor k_pe, Tensor cache, Tensor slots) {
+  const Args a("append_mla_cache");
+  Dim T{"T"}, C{"C"}, R{"R"}, pages{"pages"}, page_size{"page_size"};
+  AppendMlaCacheParams p{};
+  p.latent = a.strided<const float>("latent", latent, T, C);
+  p.k_pe = a.strided<const float>("k_pe", k_pe, T, R);
+  Dim width{"C + R", C.size + R.size};
+  p.cache = cache_data<void>(a, cache, pages, page_size, width);
+  p.slots = a.dense<const int64_t>("slots", slots, T);
+  for (int t = 0; t < T; t++)
+    a.require(p.slots[t] >= 0 && p.slots[t] < pages.size * page_size.size, "slots[", t, "] is ", p.slots[t],
+              ", expected 0 <= slot < ", pages.size * page_size.size);
+  p.latent_stride = latent.stride[0], p.k_pe_stride = k_pe.stride[0];
+  p.cache_dtype = cache.dtype;
+  p.T = T, p.C = C, p.R = R;
+  run(cpu::append_mla_cache, p);
+}
+
+// cu_seqlens starts at 0, never falls and ends at `total`.
+void check_cu_seqlens(const Args& a, const char* name, const int32_t* cu_seqlens, int B, int64_t total) {
+  a.require(cu_seqlens[0] == 0, name, "[0] is ", cu_seqlens[0], ", expected 0");
+  for (int b = 0; b < B; b++)
+    a.require(cu_seqlens[b] <= cu_seqlens[b + 1], name, " falls from ", cu_seqlens[b], " to ", cu_seqlens[b + 1]);
+  a.require(cu_seqlens[B] == total, name, " ends at ", cu_seqlens[B], ", expected ", total);
+}
+
+void mla_prefill(Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor causal_offsets,
+                 Tensor out, Tensor lse, float scale, bool continue_state) {
+  const Args a("mla_prefill");
+  Dim T{"T"}, S{"S"}, N{"N"}, key_dim{"Dn + R"}, R{"R"}, kv_dim{"Dn + Dv"}, B1{"B + 1"};
+  MlaPrefillParams p{};
+  p.q = a.strided<const float>("q", q, T, N, key_dim);
+  p.kv = a.strided<const float>("kv", kv, S, N, kv_dim);
+  p.k_pe = a.strided<const float>("k_pe", k_pe, S, R);
+  const int64_t Dn = key_dim.size - R.size;
+  a.require(Dn >= 1 && kv_dim.size > Dn, "q has Dn + R = ", key_dim.size, ", k_pe has R = ", R.size,
+            ", kv has Dn + Dv = ", kv_dim.size, ", expected Dn >= 1 and Dv >= 1");
+  Dim Dv{"Dv", kv_dim.size - Dn};
+  p.cu_seqlens_q = a.dense<const int32_t>("cu_seqlens_q", cu_seqlens_q, B1);
+  a.require(B1.size >= 1, "cu_seqlens_q is empty, expected [B + 1]");
+  Dim B{"B", B1.size - 1};
+  p.cu_seqlens_k = a.dense<const int32_t>("cu_seqlens_k", cu_seqlens_k, B1);
+  p.causal_offsets = a.dense<const int32_t>("causal_offsets", causal_offsets, B);
+  check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
+  check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
+  p.out = a.dense<float>("out", out, T, N, Dv);
+  p.lse = a.dense<float>("lse", lse, T, N);
+  p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
+  p.kv_stride_s = kv.stride[0], p.kv_stride_n = kv.stride[1], p.k_pe_stride = k_pe.stride[0];
+  p.B = B, p.T = T, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv;
+  p.scale = scale, p.continue_state = continue_state;
+  run(cpu::mla_prefill, p);
+}
+
+// The pages that hold a sequence's tokens must exist; entries behind them are never read.
+void check_pages(const Args& a, const MlaDecodeParams& p, int64_t pages) {
+  for (int b = 0; b < p.B; b++) {
+    const int64_t used = (int64_t(p.seq_lens[b]) + p.page_size - 1) / std::max(1, p.page_size);
+    a.require(p.seq_lens[b] >= 0 && used <= p.max_pages && (p.page_size > 0 || p.seq_lens[b] == 0), "seq_lens[", b,
+              "] is ", p.seq_lens[b], ", expected 0 to ", int64_t(p.max_pages) * p.page_size);
+    for (int64_t i = 0; i < used; i++) {
+      const int32_t page = p.page_table[int64_t(b) * p.max_pages + i];
+      a.require(page >= 0 && page < pages, "page_table[", b, ", ", i, "] is ", page, ", expected 0 <= page < ", pages);
+    }
+  }
+}
+
+// workspace None: returns the number of floats it must hold.
+size_t mla_decode(Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, Tensor out, Tensor lse,
+                  std::optional<Tensor> workspace, float scale) {
+  const Args a("mla_decode");
+  Dim B{"B"}, N{"N"}, C{"kv_lora_rank"}, width{"C + R"}, pages{"pages"}, page_size{"page_size"}, max_pages{"max_pages"};
+  MlaDecodeParams p{};
+  p.q = a.dense<const float>("q", q, B, N, width);
+  p.cache = cache_data<const void>(a, cache, pages, page_size, width);
+  p.page_table = a.dense<const int32_t>("page_table", page_table, B, max_pages);
+  p.seq_lens = a.dense<const int32_t>("seq_lens", seq_lens, B);
+  p.out = a.dense<float>("out", out, B, N, C);
+  a.require(C.size >= 1 && C.size <= width.size, "kv_lora_rank is ", C.size, ", expected 1 to the cache's width ",
+            width.size);
+  p.lse = a.dense<float>("lse", lse, B, N);
+  p.cache_dtype = cache.dtype;
+  p.B = B, p.N = N, p.C = C, p.R = int(width.size - C.size), p.page_size = page_size, p.max_pages = max_pages;
+  p.scale = scale;
+  check_pages(a, p, pages.size);
+  for (int b = 0; b < p.B; b++) p.max_seq_len = std::max(p.max_seq_len, int(p.seq_lens[b]));
+  Dim floats{"floats", int64_t(mla_decode_workspace(p))};
+  if (!workspace) return size_t(floats.size);
+  p.workspace = a.dense<float>("workspace", *workspace, floats);
+  run(cpu::mla_decode, p);
+  return 0;
+}
+
+}  // namespace
+
+void register_attention(nb::module_& m) {
+  define(m, "rope", &rope);
+  define(m, "append_mla_cache", &append_mla_cache);
+  define(m, "mla_prefill", &mla_prefill);
+  define(m, "mla_decode", &mla_decode);
+}
+
+}  // namespace kimi

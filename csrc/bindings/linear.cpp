@@ -1,0 +1,112 @@
+#include "bindings/args.h"
+#include "bindings/dispatch.h"
+#include "bindings/register.h"
+#include "ops/batched_gemm.h"
+#include "ops/dequantize_int4.h"
+#include "ops/gemm.h"
+#include "ops/gemm_int4.h"
+#include "ops/silu_and_mul.h"
+
+namespace kimi {
+namespace {
+
+void gemm(Tensor x, Tensor weight, Tensor out) {
+  const Args a("gemm");
+  Dim T{"T"}, in{"in"}, n_out{"out"};
+  GemmParams p{};
+  p.x = a.strided<const float>("x", x, T, in);
+  p.weight = a.dense<const bf16>("weight", weight, n_out, in);
+  p.out = a.strided<float>("out", out, T, n_out);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.n_in = in, p.n_out = n_out;
+  run(cpu::gemm, p);
+}
+
+void batched_gemm(Tensor x, Tensor weight, Tensor out, bool transpose_weight) {
+  const Args a("batched_gemm");
+  Dim T{"T"}, N{"N"}, in{"in"}, n_out{"out"};
+  BatchedGemmParams p{};
+  p.x = a.strided<const float>("x", x, T, N, in);
+  p.weight = a.strided<const bf16>("weight", weight, N, transpose_weight ? in : n_out, transpose_weight ? n_out : in);
+  p.out = a.strided<float>("out", out, T, N, n_out);
+  a.require(weight.shape[1] <= 1 || weight.stride[1] == weight.shape[2], "the rows of weight[n] are not contiguous");
+  a.check_apart("out", out, "x", x);
+  p.x_stride_t = x.stride[0], p.x_stride_n = x.stride[1];
+  p.weight_stride_n = weight.stride[0];
+  p.out_stride_t = out.stride[0], p.out_stride_n = out.stride[1];
+  p.T = T, p.N = N, p.n_in = in, p.n_out = n_out, p.transpose_weight = transpose_weight;
+  run(cpu::batched_gemm, p);
+}
+
+// Binds in / 8 or in / 32 to the `in` of argument `name`, which must be a whole number of groups.
+Dim part_of(const Args& a, const char* name, const Dim& in, int divisor) {
+  a.require(in.size % kInt4Group == 0, name, " has in = ", in.size, ", expected a multiple of ", kInt4Group);
+  return {"in / " + std::to_string(divisor), in.size / divisor};
+}
+
+void gemm_int4(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor out) {
+  const Args a("gemm_int4");
+  Dim T{"T"}, in{"in"}, n_out{"out"};
+  GemmInt4Params p{};
+  p.x = a.strided<const float>("x", x, T, in);
+  Dim words = part_of(a, "x", in, 8), groups = part_of(a, "x", in, kInt4Group);
+  p.weight_packed = a.dense<const int32_t>("weight_packed", weight_packed, n_out, words);
+  p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
+  p.out = a.strided<float>("out", out, T, n_out);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.n_in = in, p.n_out = n_out;
+  run(cpu::gemm_int4, p);
+}
+
+void dequantize_int4(Tensor weight_packed, Tensor weight_scale, Tensor out) {
+  const Args a("dequantize_int4");
+  Dim n_out{"out"}, in{"in"};
+  DequantizeInt4Params p{};
+  p.out = a.dense<bf16>("out", out, n_out, in);
+  Dim words = part_of(a, "weight_packed", in, 8), groups = part_of(a, "weight_packed", in, kInt4Group);
+  p.weight_packed = a.dense<const int32_t>("weight_packed", weight_packed, n_out, words);
+  p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
+  p.n_out = n_out, p.n_in = in;
+  run(cpu::dequantize_int4, p);
+}
+
+void quantize_int4(Tensor weight, Tensor weight_packed, Tensor weight_scale) {
+  const Args a("quantize_int4");
+  Dim n_out{"out"}, in{"in"};
+  QuantizeInt4Params p{};
+  p.weight = a.dense<const float>("weight", weight, n_out, in);
+  Dim words = part_of(a, "weight", in, 8), groups = part_of(a, "weight", in, kInt4Group);
+  p.weight_packed = a.dense<int32_t>("weight_packed", weight_packed, n_out, words);
+  p.weight_scale = a.dense<bf16>("weight_scale", weight_scale, n_out, groups);
+  p.n_out = n_out, p.n_in = in;
+  run(cpu::quantize_int4, p);
+}
+
+void silu_and_mul(Tensor x, Tensor out) {
+  const Args a("silu_and_mul");
+  Dim T{"T"}, two_I{"2 I"};
+  SiluAndMulParams p{};
+  p.x = a.strided<const float>("x", x, T, two_I);
+  a.require(two_I.size % 2 == 0, "the last axis of x has ", two_I.size, " elements, expected an even number");
+  Dim I{"I", two_I.size / 2};
+  p.out = a.strided<float>("out", out, T, I);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.I = I;
+  run(cpu::silu_and_mul, p);
+}
+
+}  // namespace
+
+void register_linear(nb::module_& m) {
+  define(m, "gemm", &gemm);
+  define(m, "batched_gemm", &batched_gemm);
+  define(m, "gemm_int4", &gemm_int4);
+  define(m, "dequantize_int4", &dequantize_int4);
+  define(m, "quantize_int4", &quantize_int4);
+  define(m, "silu_and_mul", &silu_and_mul);
+}
+
+}  // namespace kimi

@@ -1,0 +1,182 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <vector>
+
+#include "bindings/args.h"
+#include "bindings/dispatch.h"
+#include "bindings/register.h"
+#include "ops/fused_moe.h"
+#include "ops/gemm_int4.h"
+#include "ops/grouped_gemm.h"
+#include "ops/moe_permute.h"
+#include "ops/topk_sigmoid.h"
+
+namespace kimi {
+namespace {
+
+std::string numbered(const char* name, size_t e) { return name + ("[" + std::to_string(e) + "]"); }
+
+// Pointers to one projection of every expert. The Python side keeps the arrays alive.
+struct ExpertTable {
+  std::vector<const void*> weight;
+  std::vector<const bf16*> scale;  // empty: bf16 weights
+  Dim n_out{"out"}, n_in{"in"};
+
+  ExpertTable(const std::vector<Tensor>& weights, const std::vector<Tensor>& scales) {
+    const Args a("ExpertWeights");
+    a.require(!weights.empty(), "weights is empty, expected one array per expert");
+    a.require(scales.empty() || scales.size() == weights.size(), "scales has ", scales.size(), " arrays, expected ",
+              weights.size());
+    if (scales.empty())
+      for (size_t e = 0; e < weights.size(); e++)
+        weight.push_back(a.dense<const bf16>(numbered("weights", e).c_str(), weights[e], n_out, n_in));
+    else
+      add_int4(a, weights, scales);
+  }
+
+  void add_int4(const Args& a, const std::vector<Tensor>& packed, const std::vector<Tensor>& scales) {
+    Dim words{"in / 8"}, groups{"in / 32"};
+    for (size_t e = 0; e < packed.size(); e++) {
+      weight.push_back(a.dense<const int32_t>(numbered("packed", e).c_str(), packed[e], n_out, words));
+      groups.size = words.size * 8 / kInt4Group;
+      scale.push_back(a.dense<const bf16>(numbered("scales", e).c_str(), scales[e], n_out, groups));
+    }
+    n_in.size = words.size * 8;
+    a.require(n_in.size % kInt4Group == 0, "packed has in = ", n_in.size, ", expected a multiple of ", kInt4Group);
+  }
+
+  ExpertWeights view() const {
+    return {weight.data(), scale.empty() ? nullptr : scale.data(), int(weight.size()), n_out, n_in};
+  }
+};
+
+void topk_sigmoid(Tensor logits, Tensor bias, Tensor weights, Tensor ids, Tensor workspace, float routed_scaling_factor,
+                  bool norm_topk_prob) {
+  const Args a("topk_sigmoid");
+  Dim T{"T"}, E{"E"}, K{"top_k"};
+  TopkSigmoidParams p{};
+  p.logits = a.strided<const float>("logits", logits, T, E);
+  p.bias = a.dense<const float>("bias", bias, E);
+  p.weights = a.dense<float>("weights", weights, T, K);
+  p.ids = a.dense<int32_t>("ids", ids, T, K);
+  p.workspace = a.dense<float>("workspace", workspace, T, E);
+  a.require(K.size >= 1 && K.size <= E.size, "top_k is ", K.size, ", expected 1 to E = ", E.size);
+  p.logits_stride = logits.stride[0];
+  p.T = T, p.E = E, p.K = K, p.routed_scaling_factor = routed_scaling_factor, p.norm_topk_prob = norm_topk_prob;
+  run(cpu::topk_sigmoid, p);
+}
+
+// Every entry of a [n] array lies in [-1, limit).
+void check_indices(const Args& a, const char* name, const int32_t* values, int64_t n, int64_t limit) {
+  for (int64_t i = 0; i < n; i++)
+    a.require(values[i] >= -1 && values[i] < limit, name, " holds ", values[i], ", expected -1 <= value < ", limit);
+}
+
+void moe_permute(Tensor x, Tensor topk_ids, Tensor permuted, Tensor offsets, Tensor inverse) {
+  const Args a("moe_permute");
+  Dim T{"T"}, H{"H"}, K{"K"}, E1{"num_experts + 1"};
+  MoePermuteParams p{};
+  p.x = a.strided<const float>("x", x, T, H);
+  p.topk_ids = a.dense<const int32_t>("topk_ids", topk_ids, T, K);
+  Dim M{"T * K", T.size * K.size};
+  p.permuted = a.dense<float>("permuted", permuted, M, H);
+  p.offsets = a.dense<int32_t>("offsets", offsets, E1);
+  p.inverse = a.dense<int32_t>("inverse", inverse, T, K);
+  check_indices(a, "topk_ids", p.topk_ids, M.size, E1.size - 1);
+  p.x_stride = x.stride[0];
+  p.T = T, p.H = H, p.K = K, p.E = E1 - 1;
+  run(cpu::moe_permute, p);
+}
+
+void moe_unpermute(Tensor y, Tensor topk_weights, Tensor inverse, Tensor out) {
+  const Args a("moe_unpermute");
+  Dim M{"M"}, T{"T"}, H{"H"}, K{"K"};
+  MoeUnpermuteParams p{};
+  p.y = a.dense<const float>("y", y, M, H);
+  p.topk_weights = a.dense<const float>("topk_weights", topk_weights, T, K);
+  p.inverse = a.dense<const int32_t>("inverse", inverse, T, K);
+  p.out = a.strided<float>("out", out, T, H);
+  a.check_apart("out", out, "y", y);
+  check_indices(a, "inverse", p.inverse, T.size * K.size, M.size);
+  p.out_stride = out.stride[0];
+  p.T = T, p.H = H, p.K = K;
+  run(cpu::moe_unpermute, p);
+}
+
+void grouped_gemm_checked(const Args& a, void (*op)(const GroupedGemmParams&), Tensor x, const ExpertTable& experts,
+                          Tensor offsets, Tensor out) {
+  GroupedGemmParams p{};
+  p.experts = experts.view();
+  Dim M{"M"}, in{"in", p.experts.n_in}, n_out{"out", p.experts.n_out}, E1{"E + 1", p.experts.E + 1};
+  p.x = a.strided<const float>("x", x, M, in);
+  p.offsets = a.dense<const int32_t>("offsets", offsets, E1);
+  a.require(p.offsets[0] == 0, "offsets[0] is ", p.offsets[0], ", expected 0");
+  for (int e = 0; e < p.experts.E; e++)
+    a.require(p.offsets[e] <= p.offsets[e + 1], "offsets falls from ", p.offsets[e], " to ", p.offsets[e + 1]);
+  a.require(p.offsets[p.experts.E] <= M, "offsets ends at ", p.offsets[p.experts.E], ", expected at most M = ", M.size);
+  p.out = a.strided<float>("out", out, M, n_out);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0], p.M = M;
+  run(op, p);
+}
+
+void grouped_gemm(Tensor x, const ExpertTable& experts, Tensor offsets, Tensor out) {
+  const Args a("grouped_gemm");
+  check_type(experts.scale.empty(), "grouped_gemm: experts hold INT4 weights, expected bfloat16");
+  grouped_gemm_checked(a, cpu::grouped_gemm, x, experts, offsets, out);
+}
+
+void grouped_gemm_int4(Tensor x, const ExpertTable& experts, Tensor offsets, Tensor out) {
+  const Args a("grouped_gemm_int4");
+  check_type(!experts.scale.empty(), "grouped_gemm_int4: experts hold bfloat16 weights, expected INT4");
+  grouped_gemm_checked(a, cpu::grouped_gemm_int4, x, experts, offsets, out);
+}
+
+void check_experts(const Args& a, const char* name, const ExpertWeights& w, int64_t E, int64_t n_out, int64_t n_in) {
+  a.require(w.E == E && w.n_out == n_out && w.n_in == n_in, name, " has shape [", w.E, ", ", w.n_out, ", ", w.n_in,
+            "], expected [", E, ", ", n_out, ", ", n_in, "]");
+}
+
+// workspace None: returns the number of floats it must hold.
+size_t fused_moe(Tensor x, Tensor topk_weights, Tensor topk_ids, const ExpertTable& gate, const ExpertTable& up,
+                 const ExpertTable& down, Tensor out, std::optional<Tensor> workspace) {
+  const Args a("fused_moe");
+  Dim T{"T"}, H{"H"}, K{"K"};
+  FusedMoeParams p{};
+  p.x = a.strided<const float>("x", x, T, H);
+  p.topk_weights = a.dense<const float>("topk_weights", topk_weights, T, K);
+  p.topk_ids = a.dense<const int32_t>("topk_ids", topk_ids, T, K);
+  p.gate = gate.view(), p.up = up.view(), p.down = down.view();
+  check_experts(a, "gate", p.gate, p.gate.E, p.gate.n_out, H.size);
+  check_experts(a, "up", p.up, p.gate.E, p.gate.n_out, H.size);
+  check_experts(a, "down", p.down, p.gate.E, H.size, p.gate.n_out);
+  check_indices(a, "topk_ids", p.topk_ids, T.size * K.size, p.gate.E);
+  p.out = a.strided<float>("out", out, T, H);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.H = H, p.I = p.gate.n_out, p.K = K, p.E = p.gate.E;
+  Dim floats{"floats", int64_t(fused_moe_workspace(p))};
+  if (!workspace) return size_t(floats.size);
+  p.workspace = a.dense<float>("workspace", *workspace, floats);
+  run(cpu::fused_moe, p);
+  return 0;
+}
+
+}  // namespace
+
+void register_moe(nb::module_& m) {
+  nb::class_<ExpertTable>(m, "ExpertTable")
+      .def(nb::init<const std::vector<Tensor>&, const std::vector<Tensor>&>())
+      .def_prop_ro("shape",
+                   [](const ExpertTable& t) { return nb::make_tuple(t.weight.size(), t.n_out.size, t.n_in.size); });
+  define(m, "topk_sigmoid", &topk_sigmoid);
+  define(m, "moe_permute", &moe_permute);
+  define(m, "moe_unpermute", &moe_unpermute);
+  define(m, "grouped_gemm", &grouped_gemm);
+  define(m, "grouped_gemm_int4", &grouped_gemm_int4);
+  define(m, "fused_moe", &fused_moe);
+}
+
+}  // namespace kimi

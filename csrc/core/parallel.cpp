@@ -1,0 +1,155 @@
+#include "core/parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+#include "core/check.h"
+#include "core/cpu_count.h"
+
+namespace kimi {
+namespace {
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Long enough to bridge the gap between two regions of one layer, short enough not to burn a shared core.
+constexpr auto kSpin = std::chrono::microseconds(30);
+
+template <class Ready>
+bool spin_until(Ready ready) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; i++) {
+      if (ready()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return ready();
+}
+
+class Pool {
+ public:
+  void run(int64_t pieces, PieceFunction function, void* context) {
+    std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
+    const int helpers = owner.owns_lock() ? int(std::min<int64_t>(threads_.load(), pieces)) - 1 : 0;
+    if (helpers < 1) {
+      for (int64_t i = 0; i < pieces; i++) function(context, i);
+      return;
+    }
+    while (started_ < helpers) std::thread(&Pool::work, this, started_++).detach();
+    pieces_ = pieces, function_ = function, context_ = context;
+    next_.store(0, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    open(helpers);
+    take_pieces();
+    close();
+  }
+
+  int threads() const { return threads_.load(); }
+  void set_threads(int n) { threads_.store(n); }
+
+ private:
+  // state_ = epoch (high 15 bits) | open (bit 16) | joined (low 16 bits). A worker takes part only after it has raised
+  // `joined` while the region was open, so close() never waits for a thread that the system has not scheduled yet.
+  static constexpr uint32_t kOpen = 1u << 16, kEpoch = 1u << 17, kJoined = kOpen - 1;
+
+  void open(int helpers) {
+    helpers_.store(helpers, std::memory_order_relaxed);
+    const uint32_t epoch = (state_.load(std::memory_order_relaxed) & ~(kOpen | kJoined)) + kEpoch;
+    state_.store(epoch | kOpen, std::memory_order_release);
+    state_.notify_all();
+  }
+
+  void close() {
+    const uint32_t joined = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
+    auto all_finished = [&] { return finished_.load(std::memory_order_acquire) == joined; };
+    while (!spin_until(all_finished)) std::this_thread::yield();
+  }
+
+  bool join(uint32_t state) {
+    return (state & kOpen) &&
+           state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel, std::memory_order_relaxed);
+  }
+
+  void work(int index) {
+    uint32_t seen = 0;  // epoch this worker has dealt with
+    for (;;) {
+      uint32_t state = state_.load(std::memory_order_acquire);
+      auto changed = [&] {
+        state = state_.load(std::memory_order_acquire);
+        return (state & kOpen) && (state & ~(kOpen | kJoined)) != seen;
+      };
+      if (!spin_until(changed)) {
+        state_.wait(state, std::memory_order_acquire);
+        continue;
+      }
+      if (index >= helpers_.load(std::memory_order_relaxed)) {
+        seen = state & ~(kOpen | kJoined);
+        continue;
+      }
+      if (!join(state)) continue;
+      seen = state & ~(kOpen | kJoined);
+      take_pieces();
+      finished_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void take_pieces() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_;) function_(context_, i);
+  }
+
+  std::mutex busy_;
+  std::atomic<int> threads_{default_threads()};
+  int started_ = 0;  // guarded by busy_
+  std::atomic<uint32_t> state_{0}, finished_{0};
+  std::atomic<int> helpers_{0};
+  std::atomic<int64_t> next_{0};
+  int64_t pieces_ = 0;
+  PieceFunction function_ = nullptr;
+  void* context_ = nullptr;
+
+  static int default_threads() {
+    const char* wanted = std::getenv("KIMI_NUM_THREADS");
+    if (!wanted) return usable_cores();
+    const int n = std::atoi(wanted);
+    check(n >= 1 && n <= kMaxThreads, "KIMI_NUM_THREADS is \"", wanted, "\", expected 1 to ", kMaxThreads);
+    return n;
+  }
+};
+
+// Never destroyed: its detached workers may outlive static destructors. A forked child has no workers, so it starts a
+// pool of its own and leaves the parent's alone.
+Pool* pool_instance = nullptr;
+
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pool_instance = new Pool;
+    pthread_atfork(nullptr, nullptr, [] {
+      const int threads = pool_instance->threads();
+      pool_instance = new Pool;
+      pool_instance->set_threads(threads);
+    });
+  });
+  return *pool_instance;
+}
+
+}  // namespace
+
+int num_threads() { return pool().threads(); }
+void set_num_threads(int n) { pool().set_threads(n); }
+
+void run_pieces(int64_t pieces, PieceFunction function, void* context) {
+  if (pieces == 1) return function(context, 0);
+  if (pieces > 0) pool().run(pieces, function, context);
+}
+
+}  // namespace kimi

@@ -1,0 +1,325 @@
+// Inner loops for AVX2 + FMA + F16C.
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+namespace kimi::cpu {
+namespace {
+
+__m256 load_bf16(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+float sum_lanes(__m256 v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+
+// exp(x), relative error about 2e-7: 2^n times a polynomial in the remainder; overflow gives inf, NaN stays NaN.
+__m256 exp8(__m256 x) {
+  const __m256 lowest = _mm256_set1_ps(-87.33f), highest = _mm256_set1_ps(88.72f);
+  // max and min return their second operand when one is NaN.
+  const __m256 clamped = _mm256_min_ps(highest, _mm256_max_ps(lowest, x));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(clamped, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), clamped);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+  p = _mm256_fmadd_ps(_mm256_mul_ps(p, r), r, _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
+  // Two halves of the exponent: 2^128 alone would not fit.
+  const __m256i exponent = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(exponent, 1);
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  p = _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(_mm256_sub_epi32(exponent, half)));
+  p = _mm256_blendv_ps(p, _mm256_setzero_ps(), _mm256_cmp_ps(x, lowest, _CMP_LT_OQ));
+  return _mm256_blendv_ps(p, _mm256_set1_ps(__builtin_inff()), _mm256_cmp_ps(x, highest, _CMP_GT_OQ));
+}
+
+// The first n < 8 lanes are loaded or stored, the others are zero or left alone.
+__m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+float sum_squares(const float* x, int64_t n) {
+  __m256 a = _mm256_setzero_ps(), b = a;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256 u = _mm256_loadu_ps(x + i), v = _mm256_loadu_ps(x + i + 8);
+    a = _mm256_fmadd_ps(u, u, a);
+    b = _mm256_fmadd_ps(v, v, b);
+  }
+  float sum = sum_lanes(_mm256_add_ps(a, b));
+  for (; i < n; i++) sum += x[i] * x[i];
+  return sum;
+}
+
+void scale_by_weight(const float* x, const bf16* weight, float scale, float* out, int64_t n) {
+  const __m256 s = _mm256_set1_ps(scale);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), s), load_bf16(weight + i)));
+  for (; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
+}
+
+void add(float* y, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
+  for (; i < n; i++) y[i] += x[i];
+}
+
+void scale(float* x, float factor, int64_t n) {
+  const __m256 s = _mm256_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), s));
+  for (; i < n; i++) x[i] *= factor;
+}
+
+void widen(const bf16* x, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_bf16(x + i));
+  for (; i < n; i++) out[i] = to_float(x[i]);
+}
+
+void narrow(const float* x, bf16* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i bits = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), packed);
+  }
+  for (; i < n; i++) out[i] = to_bf16(x[i]);
+}
+
+void rope(const float* x, const float* cos, const float* sin, float* out, int64_t pairs) {
+  const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  int64_t i = 0;
+  for (; i + 4 <= pairs; i += 4) {
+    const __m256 v = _mm256_loadu_ps(x + 2 * i), swapped = _mm256_permute_ps(v, 0xb1);
+    const __m256 c = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cos + i)), twice);
+    const __m256 s = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sin + i)), twice);
+    _mm256_storeu_ps(out + 2 * i, _mm256_addsub_ps(_mm256_mul_ps(v, c), _mm256_mul_ps(swapped, s)));
+  }
+  for (; i < pairs; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    out[2 * i] = a * cos[i] - b * sin[i];
+    out[2 * i + 1] = a * sin[i] + b * cos[i];
+  }
+}
+
+__m256 silu8(__m256 gate) {
+  const __m256 one = _mm256_set1_ps(1.0f);
+  return _mm256_div_ps(gate, _mm256_add_ps(one, exp8(_mm256_xor_ps(gate, _mm256_set1_ps(-0.0f)))));
+}
+
+void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(silu8(_mm256_loadu_ps(gate + i)), _mm256_loadu_ps(up + i)));
+  if (i == n) return;
+  const __m256i mask = first_lanes(n - i);
+  const __m256 product = _mm256_mul_ps(silu8(_mm256_maskload_ps(gate + i, mask)), _mm256_maskload_ps(up + i, mask));
+  _mm256_maskstore_ps(out + i, mask, product);
+}
+
+float maximum(const float* x, int64_t n) {
+  __m256 largest = _mm256_set1_ps(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) largest = _mm256_max_ps(_mm256_loadu_ps(x + i), largest);
+  __m128 a = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  float result = _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+  for (; i < n; i++) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+float exp_sum(float* x, float maximum, int64_t n) {
+  const __m256 m = _mm256_set1_ps(maximum);
+  __m256 sum = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+    _mm256_storeu_ps(x + i, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  if (i < n) {
+    const __m256i mask = first_lanes(n - i);
+    const __m256 e = exp8(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), m));
+    _mm256_maskstore_ps(x + i, mask, e);
+    sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
+  }
+  return sum_lanes(sum);
+}
+
+// 32 weights: low nibbles are the even inputs, high nibbles the odd ones; q * scale is exact in float32.
+void decode_group(const uint8_t* packed, const bf16* scale, __m256 out[4]) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+  const __m128i even = _mm_sub_epi8(_mm_and_si128(bytes, mask), eight);
+  const __m128i odd = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), eight);
+  const __m128i first = _mm_unpacklo_epi8(even, odd), last = _mm_unpackhi_epi8(even, odd);
+  const __m256 s = _mm256_set1_ps(to_float(*scale));
+  const auto widen8 = [s](__m128i q) { return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), s); };
+  out[0] = widen8(first);
+  out[1] = widen8(_mm_unpackhi_epi64(first, first));
+  out[2] = widen8(last);
+  out[3] = widen8(_mm_unpackhi_epi64(last, last));
+}
+
+void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t groups) {
+  for (int64_t g = 0; g < groups; g++) {
+    __m256 w[4];
+    decode_group(packed + 16 * g, scale + g, w);
+    for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + 32 * g + 8 * i, w[i]);
+  }
+}
+
+// The three weight formats, each a way to add x . w over k to one accumulator per (token, row). Lane j of an
+// accumulator holds the inputs k = j mod 8 in ascending order, for every format and tile size.
+struct F32Rows {
+  const float* w;
+  int64_t stride;
+  static constexpr int kStep = 8;
+  void load(int r, int k, __m256* out) const { out[0] = _mm256_loadu_ps(w + r * stride + k); }
+  float at(int r, int k) const { return w[r * stride + k]; }
+};
+
+struct Bf16Rows {
+  const bf16* w;
+  int64_t stride;
+  static constexpr int kStep = 8;
+  void load(int r, int k, __m256* out) const { out[0] = load_bf16(w + r * stride + k); }
+  float at(int r, int k) const { return to_float(w[r * stride + k]); }
+};
+
+struct Int4Rows {
+  const uint8_t* w;
+  int64_t stride;  // bytes
+  const bf16* scale;
+  int64_t scale_stride;
+  static constexpr int kStep = 32;
+  void load(int r, int k, __m256* out) const {
+    decode_group(w + r * stride + k / 2, scale + r * scale_stride + k / 32, out);
+  }
+  float at(int, int) const { return 0; }  // k is a multiple of 32
+};
+
+template <int kTokens, int kRows, class Rows>
+void dot_block(const float* const* x, const Rows& rows, int k, float* tile) {
+  __m256 sums[kTokens][kRows];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_ps();
+  int i = 0;
+  for (; i + Rows::kStep <= k; i += Rows::kStep)
+    for (int r = 0; r < kRows; r++) {
+      __m256 w[Rows::kStep / 8];
+      rows.load(r, i, w);
+      for (int j = 0; j < Rows::kStep / 8; j++)
+        for (int t = 0; t < kTokens; t++)
+          sums[t][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x[t] + i + 8 * j), w[j], sums[t][r]);
+    }
+  for (int t = 0; t < kTokens; t++)
+    for (int r = 0; r < kRows; r++) {
+      float sum = sum_lanes(sums[t][r]);
+      for (int j = i; j < k; j++) sum += x[t][j] * rows.at(r, j);
+      tile[t * kTile + r] = sum;
+    }
+}
+
+Bf16Rows skip(const Bf16Rows& rows, int r) { return {rows.w + r * rows.stride, rows.stride}; }
+F32Rows skip(const F32Rows& rows, int r) { return {rows.w + r * rows.stride, rows.stride}; }
+Int4Rows skip(const Int4Rows& rows, int r) {
+  return {rows.w + r * rows.stride, rows.stride, rows.scale + r * rows.scale_stride, rows.scale_stride};
+}
+
+// 3 or 4 tokens take two rows at a time, so that accumulators and operands fit the 16 registers.
+template <int kTokens, class Rows>
+void dot_tokens(const float* const* x, const Rows& rows, int count, int k, float* tile) {
+  constexpr int kRows = kTokens > 2 ? 2 : 4;
+  int r = 0;
+  for (; r + kRows <= count; r += kRows) dot_block<kTokens, kRows>(x, skip(rows, r), k, tile + r);
+  for (; r < count; r++) dot_block<kTokens, 1>(x, skip(rows, r), k, tile + r);
+}
+
+template <class Rows>
+void dot(const float* const* x, int tokens, const Rows& rows, int count, int k, float* tile) {
+  if (tokens == 4) return dot_tokens<4>(x, rows, count, k, tile);
+  if (tokens == 3) return dot_tokens<3>(x, rows, count, k, tile);
+  if (tokens == 2) return dot_tokens<2>(x, rows, count, k, tile);
+  dot_tokens<1>(x, rows, count, k, tile);
+}
+
+void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
+  dot(x, tokens, F32Rows{w, w_stride}, rows, k, tile);
+}
+
+void dot_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile) {
+  dot(x, tokens, Bf16Rows{w, w_stride}, rows, k, tile);
+}
+
+void dot_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int k, float* tile) {
+  dot(x, tokens, Int4Rows{w, w_stride, scale, scale_stride}, rows, k, tile);
+}
+
+template <int kTokens>
+void add_rows(const float* const* p, const float* v, int64_t v_stride, int rows, float* const* out, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m256 a[kTokens], b[kTokens];
+    for (int t = 0; t < kTokens; t++) a[t] = _mm256_loadu_ps(out[t] + i), b[t] = _mm256_loadu_ps(out[t] + i + 8);
+    for (int j = 0; j < rows; j++) {
+      const __m256 u = _mm256_loadu_ps(v + j * v_stride + i), w = _mm256_loadu_ps(v + j * v_stride + i + 8);
+      for (int t = 0; t < kTokens; t++) {
+        const __m256 weight = _mm256_broadcast_ss(p[t] + j);
+        a[t] = _mm256_fmadd_ps(weight, u, a[t]);
+        b[t] = _mm256_fmadd_ps(weight, w, b[t]);
+      }
+    }
+    for (int t = 0; t < kTokens; t++) _mm256_storeu_ps(out[t] + i, a[t]), _mm256_storeu_ps(out[t] + i + 8, b[t]);
+  }
+  for (; i < n; i++)
+    for (int t = 0; t < kTokens; t++)
+      for (int j = 0; j < rows; j++) out[t][i] += p[t][j] * v[j * v_stride + i];
+}
+
+void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
+                       int n) {
+  if (tokens == 4) return add_rows<4>(p, v, v_stride, rows, out, n);
+  for (int t = 0; t < tokens; t++) add_rows<1>(p + t, v, v_stride, rows, out + t, n);
+}
+
+}  // namespace
+
+const Kernels avx2_kernels = {
+    .name = "avx2",
+    .sum_squares = sum_squares,
+    .scale_by_weight = scale_by_weight,
+    .add = add,
+    .scale = scale,
+    .widen = widen,
+    .narrow = narrow,
+    .rope = rope,
+    .silu_and_mul = silu_and_mul,
+    .maximum = maximum,
+    .exp_sum = exp_sum,
+    .decode_int4 = decode_int4,
+    .dot_f32 = dot_f32,
+    .dot_bf16 = dot_bf16,
+    .dot_int4 = dot_int4,
+    .add_weighted_rows = add_weighted_rows,
+};
+
+}  // namespace kimi::cpu

@@ -1,0 +1,119 @@
+// The plain version of every inner loop: the reference that the other tables are tested against.
+#include <math.h>
+
+#include "cpu/kernels.h"
+
+namespace kimi::cpu {
+namespace {
+
+float sum_squares(const float* x, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+  return sum;
+}
+
+void scale_by_weight(const float* x, const bf16* weight, float scale, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
+}
+
+void add(float* y, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+void scale(float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+void widen(const bf16* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = to_float(x[i]);
+}
+
+void narrow(const float* x, bf16* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = to_bf16(x[i]);
+}
+
+void rope(const float* x, const float* cos, const float* sin, float* out, int64_t pairs) {
+  for (int64_t i = 0; i < pairs; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    out[2 * i] = a * cos[i] - b * sin[i];
+    out[2 * i + 1] = a * sin[i] + b * cos[i];
+  }
+}
+
+void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+float maximum(const float* x, int64_t n) {
+  float largest = -INFINITY;
+  for (int64_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+float exp_sum(float* x, float maximum, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += x[i] = expf(x[i] - maximum);
+  return sum;
+}
+
+float int4_value(const uint8_t* packed, int i) { return float((packed[i / 2] >> (i % 2 * 4) & 15) - 8); }
+
+void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t groups) {
+  for (int64_t g = 0; g < groups; g++, packed += 16, out += 32)
+    for (int i = 0; i < 32; i++) out[i] = int4_value(packed, i) * to_float(scale[g]);
+}
+
+// weight(r, i) -> float
+template <class Weight>
+void dot(const float* const* x, int tokens, int rows, int k, float* tile, Weight weight) {
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++) {
+      float sum = 0;
+      for (int i = 0; i < k; i++) sum += x[t][i] * weight(r, i);
+      tile[t * kTile + r] = sum;
+    }
+}
+
+void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
+  dot(x, tokens, rows, k, tile, [=](int r, int i) { return w[r * w_stride + i]; });
+}
+
+void dot_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile) {
+  dot(x, tokens, rows, k, tile, [=](int r, int i) { return to_float(w[r * w_stride + i]); });
+}
+
+void dot_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int k, float* tile) {
+  dot(x, tokens, rows, k, tile,
+      [=](int r, int i) { return int4_value(w + r * w_stride, i) * to_float(scale[r * scale_stride + i / 32]); });
+}
+
+void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
+                       int n) {
+  for (int t = 0; t < tokens; t++)
+    for (int j = 0; j < rows; j++)
+      for (int i = 0; i < n; i++) out[t][i] += p[t][j] * v[j * v_stride + i];
+}
+
+}  // namespace
+
+const Kernels scalar_kernels = {
+    .name = "scalar",
+    .sum_squares = sum_squares,
+    .scale_by_weight = scale_by_weight,
+    .add = add,
+    .scale = scale,
+    .widen = widen,
+    .narrow = narrow,
+    .rope = rope,
+    .silu_and_mul = silu_and_mul,
+    .maximum = maximum,
+    .exp_sum = exp_sum,
+    .decode_int4 = decode_int4,
+    .dot_f32 = dot_f32,
+    .dot_bf16 = dot_bf16,
+    .dot_int4 = dot_int4,
+    .add_weighted_rows = add_weighted_rows,
+};
+
+}  // namespace kimi::cpu

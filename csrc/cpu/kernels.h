@@ -1,0 +1,47 @@
+// The table of inner loops an instruction set supplies. A table leaves null what it does not improve; isa.cpp fills the
+// gap from the next lower one.
+#pragma once
+#include "core/dtype.h"
+
+namespace kimi::cpu {
+
+// A tile of dot products is at most kTile tokens by kTile weight rows: tile[t * kTile + r] = x[t] . w[r].
+constexpr int kTile = 4;
+
+struct Kernels {
+  const char* name;
+
+  float (*sum_squares)(const float* x, int64_t n);
+  // out = x * scale * weight
+  void (*scale_by_weight)(const float* x, const bf16* weight, float scale, float* out, int64_t n);
+  void (*add)(float* y, const float* x, int64_t n);  // y += x
+  void (*scale)(float* x, float scale, int64_t n);   // x *= scale
+  void (*widen)(const bf16* x, float* out, int64_t n);
+  void (*narrow)(const float* x, bf16* out, int64_t n);
+  void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t pairs);
+  void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t n);
+  float (*maximum)(const float* x, int64_t n);           // -inf for n = 0; NaN may be passed over
+  float (*exp_sum)(float* x, float maximum, int64_t n);  // x = exp(x - maximum), returns the sum
+  void (*decode_int4)(const uint8_t* packed, const bf16* scale, float* out, int64_t groups);  // q * scale, exact
+
+  // Each product sums over k in one fixed order, whatever `tokens` and `rows` are.
+  void (*dot_f32)(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile);
+  void (*dot_bf16)(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile);
+  // k is a multiple of 32; w_stride in bytes, scale_stride in elements.
+  void (*dot_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+                   int64_t scale_stride, int rows, int k, float* tile);
+
+  // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTile
+  void (*add_weighted_rows)(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows,
+                            float* const* out, int n);
+};
+
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
+
+const Kernels& kernels();
+
+// Instruction sets by name, lowest first; the list ends in nullptr. set_isa returns false for a name that is not in it.
+const char* const* supported_isas();
+bool set_isa(const char* name);
+
+}  // namespace kimi::cpu

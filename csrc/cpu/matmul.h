@@ -1,0 +1,106 @@
+// The blocked product that gemm, gemm_int4, grouped_gemm and fused_moe share: scattered rows of x against rows of a
+// weight matrix.
+//
+// Few tokens take the weights straight from where they lie. More decode a panel of weight rows to float32 once and use
+// it for up to kBlockT tokens. Both sum a product over k in the same order, so the batch size never changes a result.
+#pragma once
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "ops/expert_weights.h"
+#include "ops/gemm_int4.h"
+
+namespace kimi::cpu {
+
+constexpr int kBlockT = 64, kBlockRows = 64, kBlockK = 512;  // the panel is 128 KiB, as is the block of x
+
+// Weight matrix [out, in] in bf16.
+struct Bf16Matrix {
+  const bf16* w;
+  int n_in;
+
+  void dot(const Kernels& k, const float* const* x, int tokens, int row, int rows, int begin, int n,
+           float* tile) const {
+    k.dot_bf16(x, tokens, w + int64_t(row) * n_in + begin, n_in, rows, n, tile);
+  }
+  void decode(const Kernels& k, int row, int begin, int n, float* out) const {
+    k.widen(w + int64_t(row) * n_in + begin, out, n);
+  }
+};
+
+// Weight matrix [out, in] in packed INT4 with a scale per group of inputs.
+struct Int4Matrix {
+  const uint8_t* packed;
+  const bf16* scale;
+  int n_in;
+
+  const uint8_t* packed_at(int row, int begin) const { return packed + (int64_t(row) * n_in + begin) / 2; }
+  const bf16* scale_at(int row, int begin) const { return scale + (int64_t(row) * n_in + begin) / kInt4Group; }
+
+  void dot(const Kernels& k, const float* const* x, int tokens, int row, int rows, int begin, int n,
+           float* tile) const {
+    k.dot_int4(x, tokens, packed_at(row, begin), n_in / 2, scale_at(row, begin), n_in / kInt4Group, rows, n, tile);
+  }
+  void decode(const Kernels& k, int row, int begin, int n, float* out) const {
+    k.decode_int4(packed_at(row, begin), scale_at(row, begin), out, n / kInt4Group);
+  }
+};
+
+// Calls body(matrix) with expert e in the format it is stored in.
+template <class Body>
+void with_expert(const ExpertWeights& w, int e, Body&& body) {
+  if (w.scale)
+    body(Int4Matrix{static_cast<const uint8_t*>(w.weight[e]), w.scale[e], w.n_in});
+  else
+    body(Bf16Matrix{static_cast<const bf16*>(w.weight[e]), w.n_in});
+}
+
+// sums[t * kBlockRows + r] += x[t][begin..begin + n) . W[row + r][begin..begin + n)
+template <class Matrix>
+void add_block(const Kernels& k, const float* const* x, int tokens, const Matrix& w, int row, int rows, int begin,
+               int n, float* sums) {
+  float tile[kTile * kTile];
+  alignas(64) float panel[kBlockRows * kBlockK];
+  const bool direct = tokens <= kTile;
+  if (!direct)
+    for (int r = 0; r < rows; r++) w.decode(k, row + r, begin, n, panel + r * kBlockK);
+  for (int t = 0; t < tokens; t += kTile) {
+    const int nt = std::min(kTile, tokens - t);
+    const float* xs[kTile];
+    for (int i = 0; i < nt; i++) xs[i] = x[t + i] + begin;
+    for (int r = 0; r < rows; r += kTile) {
+      const int nr = std::min(kTile, rows - r);
+      if (direct)
+        w.dot(k, xs, nt, row + r, nr, begin, n, tile);
+      else
+        k.dot_f32(xs, nt, panel + r * kBlockK, kBlockK, nr, n, tile);
+      for (int i = 0; i < nt; i++)
+        for (int j = 0; j < nr; j++) sums[(t + i) * kBlockRows + r + j] += tile[i * kTile + j];
+    }
+  }
+}
+
+// sums[t * kBlockRows + r] = x[t] . W[row + r] for t < tokens <= kBlockT, r < rows <= kBlockRows
+template <class Matrix>
+void matmul_block(const Kernels& k, const float* const* x, int tokens, const Matrix& w, int row, int rows,
+                  float* sums) {
+  std::fill(sums, sums + tokens * kBlockRows, 0.0f);
+  for (int begin = 0; begin < w.n_in; begin += kBlockK)
+    add_block(k, x, tokens, w, row, rows, begin, std::min(kBlockK, w.n_in - begin), sums);
+}
+
+// out[t][row..row + rows) = x[t] . W for consecutive tokens, block by block. x and out are strided rows.
+template <class Matrix>
+void matmul_rows(const Kernels& k, const float* x, int64_t x_stride, int T, const Matrix& w, int row, int rows,
+                 float* out, int64_t out_stride) {
+  float sums[kBlockT * kBlockRows];
+  const float* xs[kBlockT];
+  for (int t = 0; t < T; t += kBlockT) {
+    const int tokens = std::min(kBlockT, T - t);
+    for (int i = 0; i < tokens; i++) xs[i] = x + (t + i) * x_stride;
+    matmul_block(k, xs, tokens, w, row, rows, sums);
+    for (int i = 0; i < tokens; i++) std::copy_n(sums + i * kBlockRows, rows, out + (t + i) * out_stride + row);
+  }
+}
+
+}  // namespace kimi::cpu

@@ -1,0 +1,44 @@
+"""The kernels, NumPy arrays in and out. Activations are float32, weights bfloat16 (ml_dtypes) or packed INT4."""
+
+from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
+from kimi_native.ops.attention import append_mla_cache, mla_decode, mla_prefill, rope
+from kimi_native.ops.linear import batched_gemm, dequantize_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
+from kimi_native.ops.moe import (
+    ExpertWeights,
+    fused_moe,
+    grouped_gemm,
+    grouped_gemm_int4,
+    moe_permute,
+    moe_unpermute,
+    topk_sigmoid,
+)
+from kimi_native.ops.norm import fused_add_rms_norm, rms_norm
+from kimi_native.ops.sampling import top_k_top_p_sample
+
+__all__ = [
+    "ExpertWeights",
+    "append_mla_cache",
+    "available_isas",
+    "batched_gemm",
+    "dequantize_int4",
+    "fused_add_rms_norm",
+    "fused_moe",
+    "gemm",
+    "gemm_int4",
+    "grouped_gemm",
+    "grouped_gemm_int4",
+    "isa",
+    "mla_decode",
+    "mla_prefill",
+    "moe_permute",
+    "moe_unpermute",
+    "num_threads",
+    "quantize_int4",
+    "rms_norm",
+    "rope",
+    "set_isa",
+    "set_num_threads",
+    "silu_and_mul",
+    "top_k_top_p_sample",
+    "topk_sigmoid",
+]

@@ -1,0 +1,76 @@
+"""Multi-head latent attention: rotary embedding, latent cache, prefill and decode."""
+
+from kimi_native import _C
+from kimi_native.ops._array import bits, empty, shape_of
+
+
+def rope(x, cos, sin, positions, out=None):
+    """Rotate interleaved pairs (2 i, 2 i + 1) of the last axis: (a, b) -> (a cos - b sin, a sin + b cos).
+
+    x: float32 [T, N, R], first two axes may be strided. cos, sin: float32 [P, R / 2], one row per position.
+    positions: int32 [T], each in [0, P). out: float32 [T, N, R], optional, strided like x; may be x. Returns out.
+    Raises ValueError for a shape or a position outside the tables, TypeError for a dtype or kind of array.
+    Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    out = empty(*shape_of("rope", "x", x, 3)) if out is None else out
+    _C.rope(x, cos, sin, positions, out)
+    return out
+
+
+def append_mla_cache(latent, k_pe, cache, slots):
+    """Write the latent and the rotated rope part of new tokens into the paged cache, in place.
+
+    latent: float32 [T, C]. k_pe: float32 [T, R]. Rows of both may be strided.
+    cache: bfloat16 (rounded to nearest even) or float32 [pages, page_size, C + R].
+    slots: int64 [T], page * page_size + offset.
+    Raises ValueError for a shape or a slot outside the cache, TypeError for a dtype or kind of array.
+    """
+    _C.append_mla_cache(latent, k_pe, bits("append_mla_cache", "cache", cache), slots)
+
+
+def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False):
+    """Causal attention of many new tokens over expanded keys and values (the naive form of MLA).
+
+    score = scale * q . [k_nope, k_pe], out = softmax(score) v, lse = log(sum(exp(score))).
+
+    q: float32 [T, N, Dn + R], rope part last. kv: float32 [S, N, Dn + Dv]: per head the key without rotation, then the
+    value. k_pe: float32 [S, R], one for all heads. The last axes are contiguous, the others may be strided.
+    cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sequence's queries and keys begin and end.
+    causal_offsets: int32 [B]; key j of a sequence is visible to its query i iff j <= i + offset.
+    state: (out, lse) of an earlier call over other keys of the same queries; it is continued in place, as if the
+    softmax had run over all keys at once.
+    Returns out float32 [T, N, Dv], or (out, lse float32 [T, N]) with return_lse. A query that sees no key gets 0, -inf.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: DeepSeek-AI 2024, arXiv 2405.04434; Milakov and Gimelshein 2018, arXiv 1805.02867.
+    """
+    if state is None:
+        T, N, key_dim = shape_of("mla_prefill", "q", q, 3)
+        kv_dim, R = shape_of("mla_prefill", "kv", kv, 3)[2], shape_of("mla_prefill", "k_pe", k_pe, 2)[1]
+        out, lse = empty(T, N, max(0, kv_dim - key_dim + R)), empty(T, N)
+    else:
+        out, lse = state
+    _C.mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, out, lse, scale, state is not None)
+    return (out, lse) if return_lse else out
+
+
+def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
+    """One query token per sequence against the paged latent cache (the absorbed form of MLA).
+
+    All heads share one key per token, the whole cache row, and one value, its first kv_lora_rank elements:
+    score = scale * q . row, out = softmax(score) row[:C], lse = log(sum(exp(score))).
+
+    q: float32 [B, N, C + R], projected into latent space, rope part last. cache: bfloat16 or float32
+    [pages, page_size, C + R]. page_table: int32 [B, max_pages]; entries behind a sequence's last page are not read.
+    seq_lens: int32 [B]; 0 gives 0 and -inf. kv_lora_rank: C.
+    Returns out float32 [B, N, C], or (out, lse float32 [B, N]) with return_lse.
+    Raises ValueError for a shape, a length or a page that does not fit, TypeError for a dtype or kind of array.
+    Source: DeepSeek-AI 2024, arXiv 2405.04434.
+    """
+    B, N, width = shape_of("mla_decode", "q", q, 3)
+    if not 1 <= kv_lora_rank <= width:
+        raise ValueError(f"mla_decode: kv_lora_rank is {kv_lora_rank}, expected 1 to the width of q, {width}")
+    out, lse, cache = empty(B, N, kv_lora_rank), empty(B, N), bits("mla_decode", "cache", cache)
+    arguments = q, cache, page_table, seq_lens, out, lse
+    workspace = empty(_C.mla_decode(*arguments, None, scale))
+    _C.mla_decode(*arguments, workspace, scale)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,97 @@
+"""Matrix products with bf16 and INT4 weights, INT4 packing, SwiGLU's gate."""
+
+import numpy as np
+
+from kimi_native import _C
+from kimi_native.ops._array import BF16, bits, empty, shape_of
+
+GROUP = 32  # inputs that share a scale in the published INT4 format
+
+
+def gemm(x, weight, out=None):
+    """out = x @ weight.T, products and sums in float32.
+
+    x: float32 [T, in], rows may be strided. weight: bfloat16 [out, in].
+    out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    A row of the result does not depend on the other rows: any batch size gives the same bits.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+    if out is None:
+        out = empty(shape_of("gemm", "x", x, 2)[0], shape_of("gemm", "weight", weight, 2)[0])
+    _C.gemm(x, bits("gemm", "weight", weight), out)
+    return out
+
+
+def batched_gemm(x, weight, transpose_weight=False, out=None):
+    """One matrix per head: out[t, n] = weight[n] @ x[t, n], or weight[n].T @ x[t, n].
+
+    x: float32 [T, N, in], first two axes may be strided. weight: bfloat16 [N, out, in], or [N, in, out] with
+    transpose_weight; the first axis may be strided. out: float32 [T, N, out], optional, first two axes may be strided;
+    must not overlap x. Returns out. These are MLA's absorbed projections W_UK^T q and W_UV o.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+    op = "batched_gemm"
+    if out is None:
+        T, N, _ = shape_of(op, "x", x, 3)
+        out = empty(T, N, shape_of(op, "weight", weight, 3)[2 if transpose_weight else 1])
+    _C.batched_gemm(x, bits(op, "weight", weight), out, transpose_weight)
+    return out
+
+
+def gemm_int4(x, weight_packed, weight_scale, out=None):
+    """out = x @ w.T with w[o, i] = q[o, i] * weight_scale[o, i // 32]; the product is exact in float32.
+
+    x: float32 [T, in], rows may be strided; in is a multiple of 32. weight_packed: int32 [out, in / 8] as on disk:
+    input 8 j + k of a row in bits 4 k .. 4 k + 3 of word j, q = nibble - 8. weight_scale: bfloat16 [out, in / 32].
+    out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: compressed-tensors, format "pack-quantized".
+    """
+    op = "gemm_int4"
+    if out is None:
+        out = empty(shape_of(op, "x", x, 2)[0], shape_of(op, "weight_packed", weight_packed, 2)[0])
+    _C.gemm_int4(x, weight_packed, bits(op, "weight_scale", weight_scale), out)
+    return out
+
+
+def dequantize_int4(weight_packed, weight_scale):
+    """bf16(q * scale), rounded once to nearest even: the weights every bf16 reference computes with.
+
+    weight_packed: int32 [out, in / 8], low nibble first, q = nibble - 8 in [-8, 7]. weight_scale: bfloat16
+    [out, in / 32]. Returns bfloat16 [out, in].
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: compressed-tensors, format "pack-quantized".
+    """
+    op = "dequantize_int4"
+    n_out, words = shape_of(op, "weight_packed", weight_packed, 2)
+    out = empty(n_out, words * 8, dtype=BF16)
+    _C.dequantize_int4(weight_packed, bits(op, "weight_scale", weight_scale), out.view(np.uint16))
+    return out
+
+
+def quantize_int4(weight):
+    """Round to the grid the model was trained on: per 32 inputs, scale = bf16(max(absmax / 7, 1e-5)) and
+    q = clamp(rint(w / scale), -7, 7).
+
+    weight: float32 [out, in], in a multiple of 32. Returns (weight_packed int32 [out, in / 8], weight_scale bfloat16
+    [out, in / 32]). Quantising what was quantised changes nothing. A group with a non-finite value gets a NaN scale.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+    n_out, n_in = shape_of("quantize_int4", "weight", weight, 2)
+    packed, scale = empty(n_out, n_in // 8, dtype=np.int32), empty(n_out, n_in // GROUP, dtype=BF16)
+    _C.quantize_int4(weight, packed, scale.view(np.uint16))
+    return packed, scale
+
+
+def silu_and_mul(x, out=None):
+    """SwiGLU's gate: out = silu(x[:, :I]) * x[:, I:], silu(a) = a / (1 + exp(-a)).
+
+    x: float32 [T, 2 I], rows may be strided. out: float32 [T, I], optional; must not overlap x. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    if out is None:
+        T, two_I = shape_of("silu_and_mul", "x", x, 2)
+        out = empty(T, two_I // 2)
+    _C.silu_and_mul(x, out)
+    return out

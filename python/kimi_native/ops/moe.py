@@ -1,0 +1,122 @@
+"""Mixture of experts: routing, permutation, grouped products, and all of it in one call."""
+
+import numpy as np
+
+from kimi_native import _C
+from kimi_native.ops._array import bits, empty, shape_of
+
+
+class ExpertWeights:
+    """One projection of all experts, each used where it lies: no copy, no stacking.
+
+    ExpertWeights(weights): E bfloat16 arrays [out, in].
+    ExpertWeights(packed, scales): E int32 arrays [out, in / 8] and E bfloat16 arrays [out, in / 32], the published INT4
+    format (see gemm_int4). All of one shape and C-contiguous; a mapped file will do.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+
+    def __init__(self, weights, scales=()):
+        self._arrays = [bits("ExpertWeights", f"weights[{e}]", w) for e, w in enumerate(weights)]
+        self._scales = [bits("ExpertWeights", f"scales[{e}]", s) for e, s in enumerate(scales)]
+        self.table = _C.ExpertTable(self._arrays, self._scales)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, out, in)"""
+        return self.table.shape
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self._scales)
+
+
+def topk_sigmoid(logits, bias, top_k, routed_scaling_factor=1.0, norm_topk_prob=True):
+    """Choose experts: s = sigmoid(logits); the top_k largest of s + bias; weights from s alone.
+
+    w = s[ids]; if norm_topk_prob: w /= sum(w) + 1e-20; w *= routed_scaling_factor.
+    logits: float32 [T, E], rows may be strided. bias: float32 [E] (e_score_correction_bias). top_k: 1 to E.
+    Returns (weights float32 [T, top_k], ids int32 [T, top_k]) in descending order of choice, ties to the lower index.
+    NaN ranks below everything; every slot is written whatever comes in.
+    Raises ValueError for a shape or top_k, TypeError for a dtype or kind of array that does not fit.
+    Source: DeepSeek-AI 2024, arXiv 2412.19437 (auxiliary-loss-free balancing).
+    """
+    T, E = shape_of("topk_sigmoid", "logits", logits, 2)
+    if not 1 <= top_k <= E:
+        raise ValueError(f"topk_sigmoid: top_k is {top_k}, expected 1 to E = {E}")
+    weights, ids = empty(T, top_k), empty(T, top_k, dtype=np.int32)
+    _C.topk_sigmoid(logits, bias, weights, ids, empty(T, E), routed_scaling_factor, norm_topk_prob)
+    return weights, ids
+
+
+def moe_permute(x, topk_ids, num_experts):
+    """Sort (token, slot) rows by expert, stable.
+
+    x: float32 [T, H], rows may be strided. topk_ids: int32 [T, K], -1 (skipped) or 0 <= id < num_experts.
+    Returns (permuted float32 [T * K, H], offsets int32 [num_experts + 1], inverse int32 [T, K]): expert e has rows
+    offsets[e] .. offsets[e + 1], row inverse[t, k] is token t; skipped slots have inverse -1, rows behind the last
+    expert are zero.
+    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit.
+    """
+    (T, H), (_, K) = shape_of("moe_permute", "x", x, 2), shape_of("moe_permute", "topk_ids", topk_ids, 2)
+    if num_experts < 0:
+        raise ValueError(f"moe_permute: num_experts is {num_experts}, expected >= 0")
+    permuted = empty(T * K, H)
+    offsets, inverse = empty(num_experts + 1, dtype=np.int32), empty(T, K, dtype=np.int32)
+    _C.moe_permute(x, topk_ids, permuted, offsets, inverse)
+    return permuted, offsets, inverse
+
+
+def moe_unpermute(y, topk_weights, inverse, out=None):
+    """The weighted way back: out[t] = sum_k topk_weights[t, k] * y[inverse[t, k]], slots of -1 left out.
+
+    y: float32 [M, H]. topk_weights: float32 [T, K]. inverse: int32 [T, K], -1 or a row of y.
+    out: float32 [T, H], optional; must not overlap y. Returns out.
+    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array that does not fit.
+    """
+    if out is None:
+        T, _ = shape_of("moe_unpermute", "topk_weights", topk_weights, 2)
+        out = empty(T, shape_of("moe_unpermute", "y", y, 2)[1])
+    _C.moe_unpermute(y, topk_weights, inverse, out)
+    return out
+
+
+def _grouped(op, kernel, x, experts, offsets, out):
+    if not isinstance(experts, ExpertWeights):
+        raise TypeError(f"{op}: experts is {type(experts).__name__}, expected ExpertWeights")
+    if out is None:
+        out = empty(shape_of(op, "x", x, 2)[0], experts.shape[1])
+    kernel(x, experts.table, offsets, out)
+    return out
+
+
+def grouped_gemm(x, experts, offsets, out=None):
+    """A GEMM per expert with bf16 weights: out[m] = W_e x[m] for offsets[e] <= m < offsets[e + 1].
+
+    x: float32 [M, in], rows sorted by expert, may be strided. experts: ExpertWeights of bfloat16. offsets: int32
+    [E + 1], ascending from 0 to at most M. out: float32 [M, out], optional; rows from offsets[E] on are zero.
+    Returns out.
+    Raises ValueError for a shape or offsets, TypeError for a dtype or kind of array that does not fit.
+    """
+    return _grouped("grouped_gemm", _C.grouped_gemm, x, experts, offsets, out)
+
+
+def grouped_gemm_int4(x, experts, offsets, out=None):
+    """grouped_gemm with ExpertWeights in the published INT4 format; q * scale is exact in float32."""
+    return _grouped("grouped_gemm_int4", _C.grouped_gemm_int4, x, experts, offsets, out)
+
+
+def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None):
+    """Routed experts in one call: out[t] = sum_k w[t, k] * down_e( silu(gate_e x[t]) * up_e x[t] ), e = topk_ids[t, k].
+
+    x: float32 [T, H], rows may be strided. topk_weights: float32 [T, K]. topk_ids: int32 [T, K], -1 (skipped) or an
+    expert. gate, up: ExpertWeights [E, I, H]. down: ExpertWeights [E, H, I]. bf16 or INT4 each.
+    out: float32 [T, H], optional; must not overlap x. Returns out. Experts are added in ascending order.
+    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit.
+    """
+    for name, experts in (("gate", gate), ("up", up), ("down", down)):
+        if not isinstance(experts, ExpertWeights):
+            raise TypeError(f"fused_moe: {name} is {type(experts).__name__}, expected ExpertWeights")
+    out = empty(*shape_of("fused_moe", "x", x, 2)) if out is None else out
+    arguments = x, topk_weights, topk_ids, gate.table, up.table, down.table, out
+    _C.fused_moe(*arguments, empty(_C.fused_moe(*arguments, None)))
+    return out
