@@ -1,0 +1,249 @@
+"""Random checkpoints in exactly the published layout, to run and test without 595 GB.
+
+    tiny        K2.5 in small: every kind of tensor, vision included, 3 layers
+    tiny-k2     the same text model under the text-only names and config of K2-Thinking
+    full-width  the real widths of attention, experts and router in 2 layers, text only; 1.2 GB on disk. The
+                router's bias keeps to FULL_WIDTH_LIVE_EXPERTS; the other experts are holes that read as zero
+    full-size   the published config and its 64 shards as holes: headers, index, weight_shape; no tokenizer
+
+The values of a tensor depend on the seed and its name alone and are made of integers, so that they are the
+same on every machine and under every version of NumPy (RandomState is frozen by NumPy's policy).
+"""
+
+import base64
+import functools
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from kimi_native.checkpoint import DTYPES, expected_tensors
+from kimi_native.config import Config
+from kimi_native.tiny_bpe import shipped_text, train
+from kimi_native.tiny_config import BASE_TOKENS, PREPROCESSOR_CONFIG, preset_config
+from kimi_native.tokenizer import NUM_RESERVED, SPECIAL_TOKENS
+
+FULL_WIDTH_LIVE_EXPERTS = tuple(range(0, 384, 32))
+PRESETS = ("tiny", "tiny-k2", "full-width", "full-size")
+
+_BLOCK = 2**20  # values drawn at a time; part of the definition of the values
+_NORMAL_STD = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four random bytes
+
+
+def make_tiny(folder, preset: str = "tiny", *, seed: int = 0, experts: str = "int4", scale_bits: int = 8) -> Path:
+    """Write a random checkpoint of one of PRESETS to `folder`, which must not exist, and return its path.
+
+    experts: "int4" for packed routed experts, "bf16" for the very same values as plain bf16 weights.
+    scale_bits: significant bits of the INT4 scales, 1 to 8 (all that bf16 has). Up to 5 every q * scale is
+    exact in bf16, so that an INT4 and a bf16 copy of one seed hold equal weights whatever the order of
+    rounding. Raises ValueError for a bad argument and FileExistsError for an existing folder; a failure
+    leaves nothing.
+    """
+    folder = Path(folder)
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+    if experts not in ("int4", "bf16"):
+        raise ValueError(f"experts is {experts!r}, expected 'int4' or 'bf16'")
+    if not 1 <= scale_bits <= 8:
+        raise ValueError(f"scale_bits is {scale_bits!r}, expected 1 to 8")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}, expected 0 to 2^32 - 1")
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(f"{folder}: exists, expected a folder that make_tiny can create")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        values = preset_config(preset, experts)
+        _write_json(partial / "config.json", values)
+        if preset != "full-size":
+            _write_tokenizer(partial)
+        generation = {"eos_token_id": values["bos_token_id"] + 2, "max_length": 262144}
+        _write_json(partial / "generation_config.json", generation)
+        if "vision_config" in values:
+            _write_json(partial / "preprocessor_config.json", PREPROCESSOR_CONFIG)
+        tensors = expected_tensors(Config.from_dict(values), quantized=experts == "int4")
+        _write_weights(partial, tensors, _Values(preset, seed, scale_bits))
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return folder
+
+
+def _write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _vocabulary() -> tuple[bytes, ...]:
+    return tuple(train(shipped_text(), BASE_TOKENS))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(_vocabulary())]
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(BASE_TOKENS + offset): {
+            "content": name,
+            **flags,
+            "special": "tool_call" not in name and "think" not in name,
+        }
+        for offset, name in SPECIAL_TOKENS.items()
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [
+            name for offset, name in SPECIAL_TOKENS.items() if 2 <= offset < NUM_RESERVED - 2
+        ],
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        "bos_token": "[BOS]",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "[EOS]",
+        "extra_special_tokens": {},
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "[PAD]",
+        "tokenizer_class": "TikTokenTokenizer",
+        "unk_token": "[UNK]",
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_weights(folder: Path, tensors: dict, values: "_Values") -> None:
+    """Shards as published: one a layer, then the rest of the text model, the projector, the vision tower."""
+    shards: dict[tuple[int, int], dict] = {}
+    for name, spec in tensors.items():
+        shards.setdefault(_placement(name), {})[name] = spec
+    weight_map, total_size = {}, 0
+    for number, (_, shard) in enumerate(sorted(shards.items()), 1):
+        file = folder / f"model-{number:05}-of-{len(shards):06}.safetensors"
+        total_size += _write_shard(file, shard, values)
+        weight_map |= dict.fromkeys(shard, file.name)
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _placement(name: str) -> tuple[int, int]:
+    """A key that is equal for the tensors of one shard and sorts as the shards do."""
+    if name.startswith("vision_tower."):
+        return 3, 0
+    if name.startswith("mm_projector."):
+        return 2, 0
+    _, in_layer, rest = name.partition(".layers.")
+    return (0, int(rest.split(".")[0])) if in_layer else (1, 0)
+
+
+def _write_shard(file: Path, tensors: dict, values: "_Values") -> int:
+    """Write one safetensors file; what `values` leaves out stays a hole. Returns the bytes of its tensors."""
+    # Larger items first keep every tensor aligned; weight_shapes side by side keep full-size small on disk.
+    names = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][1]].itemsize, not name.endswith(".weight_shape")))
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        shape, dtype = tensors[name]
+        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            for block in values.blocks(name, *tensors[name], tensors):
+                stream.write(block.tobytes())
+        stream.truncate(8 + len(text) + position)
+    return position
+
+
+class _Values:
+    """The contents of each tensor, as blocks of little-endian values; no blocks leave a hole.
+
+    Linear weights have a standard deviation of 1/sqrt(inputs), embeddings of 1, norms lie around 1:
+    activations, router logits and final logits then have a standard deviation of about 1.
+    """
+
+    def __init__(self, preset: str, seed: int, scale_bits: int):
+        self.preset, self.seed, self.scale_bits = preset, seed, scale_bits
+
+    def blocks(self, name: str, shape: tuple[int, ...], dtype: str, tensors: dict) -> Iterator[np.ndarray]:
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_shape":
+            rows, words = tensors[f"{module}.weight_packed"][0]
+            yield np.array([rows, 8 * words], "<i4")
+        elif self._is_hole(name):
+            return
+        elif ".mlp.experts." in name:
+            inputs = shape[1] * {"weight_packed": 8, "weight_scale": 32, "weight": 1}[kind]
+            yield from self._expert(module, kind, math.prod(shape) // shape[1] * inputs, inputs)
+        elif kind == "e_score_correction_bias":
+            yield self._bias(name, shape[0])
+        else:
+            mean, std = _distribution(name, shape)
+            for block in self._normal(name, math.prod(shape)):
+                yield (mean + np.float32(std) * block).astype(ml_dtypes.bfloat16)
+
+    def _is_hole(self, name: str) -> bool:
+        if self.preset == "full-width" and ".mlp.experts." in name:
+            return int(name.split(".experts.")[1].split(".")[0]) not in FULL_WIDTH_LIVE_EXPERTS
+        return self.preset == "full-size"
+
+    def _bias(self, name: str, count: int) -> np.ndarray:
+        bias = np.float32(0.1) * next(self._normal(name, count))
+        if self.preset == "full-width":
+            bias[list(FULL_WIDTH_LIVE_EXPERTS)] += 2  # a sigmoid is at most 1, so these always win
+        return bias.astype("<f4")
+
+    def _expert(self, module: str, kind: str, count: int, inputs: int) -> Iterator[np.ndarray]:
+        """One part of an expert matrix of `count` weights; all parts come from the same draws."""
+        for block in self._normal(f"{module}.weight", count):
+            codes, scales = _quantize(block * np.float32(1 / math.sqrt(inputs)), self.scale_bits)
+            if kind == "weight_scale":
+                yield scales
+            elif kind == "weight_packed":
+                yield _pack(codes)
+            else:
+                product = codes.reshape(-1, 32).astype(np.float32) * scales.astype(np.float32)[:, None]
+                yield product.astype(ml_dtypes.bfloat16)
+
+    def _normal(self, name: str, count: int) -> Iterator[np.ndarray]:
+        """`count` float32 values, nearly normal with deviation 1: scaled sums of four random bytes."""
+        random = np.random.RandomState([self.seed, zlib.crc32(name.encode())])
+        for start in range(0, count, _BLOCK):
+            size = min(_BLOCK, count - start)
+            draws = np.frombuffer(random.bytes(4 * size), np.uint8).reshape(4, size)
+            yield (draws.sum(0, dtype=np.int16) - 510).astype(np.float32) * np.float32(1 / _NORMAL_STD)
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a bf16 tensor."""
+    if name.endswith(".bias"):
+        return 0.0, 0.1
+    if len(shape) == 1:
+        return 1.0, 0.1
+    if name.endswith("embed_tokens.weight"):
+        return 0.0, 1.0
+    if name.endswith("pos_emb.weight"):
+        return 0.0, 0.5
+    return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+
+
+def _quantize(weights: np.ndarray, scale_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 weights [n] -> int32 codes [n] in -7..7, bf16 scales [n / 32]: absmax / 7, rounded."""
+    groups = weights.reshape(-1, 32)
+    mantissa, exponent = np.frexp(np.abs(groups).max(1) / np.float32(7))
+    scales = np.ldexp(np.rint(mantissa * 2**scale_bits) / np.float32(2**scale_bits), exponent)
+    codes = np.clip(np.rint(groups / scales[:, None]), -7, 7).astype(np.int32)
+    return codes.reshape(-1), scales.astype(ml_dtypes.bfloat16)
+
+
+def _pack(codes: np.ndarray) -> np.ndarray:
+    """int32 codes [n] -> int32 words [n / 8]: code + 8 as a nibble, the first one in the lowest four bits."""
+    nibbles = (codes + 8).astype("<u4").reshape(-1, 8) << np.arange(0, 32, 4, dtype="<u4")
+    return np.bitwise_or.reduce(nibbles, axis=1).view("<i4")
