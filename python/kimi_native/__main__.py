@@ -1,0 +1,344 @@
+"""kimi-native generate | chat | info | make-tiny"""
+
+import argparse
+import sys
+import time
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kimi_native import chat, ops
+from kimi_native.generate import Stats, encode_prompt, stream, stream_ids
+from kimi_native.info import describe, show
+from kimi_native.make_tiny import PRESETS, make_tiny
+from kimi_native.model import Model
+
+ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+OUT = Console(highlight=False, soft_wrap=True)
+
+CHAT_HELP = """/clear     forget the conversation
+/think     reason before answering (the model's default)
+/instant   answer at once
+/help      this list
+/exit      leave (also Ctrl-D); Ctrl-C stops a reply and keeps the conversation"""
+
+
+@contextmanager
+def progress_bar(label: str):
+    """Yields progress(done, total); the bar appears on stderr once the work has taken a second."""
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=ERR, transient=True)
+    task, started, shown = bar.add_task(label, total=None), time.monotonic(), False
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - started > 1:
+            bar.start()
+            shown = True
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder as published")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="longest reply (default 1024)")
+    add("--instant", action="store_true", help="answer without reasoning first")
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0 takes the most likely token (default 1.0; 0.6 with --instant)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="keep the most likely tokens up to this sum (default 0.95)",
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens (default 0: all)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens of at least P times the best (default 0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 discourages tokens already seen",
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtracted from logits of tokens in the reply",
+    )
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same, per occurrence")
+    add("--seed", type=int, metavar="N", help="same seed, same reply (default: a fresh one)")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the reply here; may be given several times",
+    )
+    add("--cache-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the latent cache")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: the physical cores this process may use)",
+    )
+
+
+def sampling_options(args) -> dict:
+    default = 0.6 if args.instant else 1.0
+    return {
+        "temperature": default if args.temperature is None else args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": args.seed,
+    }
+
+
+def load(args) -> Model:
+    if args.threads is not None:
+        ops.set_num_threads(args.threads)
+    with progress_bar("loading") as progress:
+        return Model.load(args.model, cache_dtype=args.cache_dtype, progress=progress)
+
+
+def run_generate(args) -> None:
+    model, stats = load(args), Stats()
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.system is not None and not args.raw:
+        prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
+    try:
+        pieces = prompt_bar(
+            lambda progress: stream(
+                model,
+                prompt,
+                args.max_new_tokens,
+                stop=args.stop,
+                raw=args.raw,
+                thinking=not args.instant,
+                stats=stats,
+                progress=progress,
+                **sampling_options(args),
+            )
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stats.finish_reason = "interrupted"
+    print(flush=True)
+    ERR.print(stats.summary(), style="dim")
+
+
+def prompt_bar(start):
+    """The pieces of start(progress), with a progress bar until the first of them is there."""
+    with progress_bar("prompt") as progress:
+        pieces = start(progress)
+        first = next(pieces, "")
+    yield first
+    yield from pieces
+
+
+def run_chat(args) -> None:
+    model = load(args)
+    context = min(args.context, model.config.text_config.max_position_embeddings)
+    session = Session(model, model.new_cache(context), args)
+    ERR.print(
+        f"{args.model}: context {context:,} tokens, {ops.num_threads()} threads. /help lists commands.",
+        style="dim",
+    )
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")
+            continue
+        if line == "/exit":
+            return
+        if line.startswith("/"):
+            session.command(line)
+        elif line:
+            session.reply(line)
+
+
+class Session:
+    """A conversation: its messages, and the cache that holds what of them has been computed."""
+
+    def __init__(self, model: Model, cache, args):
+        self.model, self.cache, self.args = model, cache, args
+        self.thinking = not args.instant
+        self.clear()
+
+    def clear(self) -> None:
+        system = self.args.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def command(self, line: str) -> None:
+        if line == "/clear":
+            self.clear()
+        elif line in ("/think", "/instant"):
+            self.thinking = line == "/think"
+        else:
+            print(CHAT_HELP)
+
+    def reply(self, text: str) -> None:
+        """Stream the answer to one message. Broken off by Ctrl-C, what was said so far stays in the conversation."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        stats, reply = Stats(), chat.Reply()
+        parser = chat.ReplyParser(thinking=self.thinking)
+        try:
+            token_ids = encode_prompt(self.model, messages, thinking=self.thinking)
+            for piece in self._pieces(token_ids, stats):
+                self._show(parser.push(piece), reply)
+        except KeyboardInterrupt:
+            ERR.print("(stopped)", style="dim")
+        except ValueError as error:
+            ERR.print(f"{error}. /clear starts anew; --context sets the room.", style="red", markup=False)
+            return
+        self._show(parser.finish(), reply)
+        print()
+        ERR.print(stats.summary(), style="dim")
+        self.messages = [*messages, reply.to_message()]
+
+    def _pieces(self, token_ids, stats: Stats):
+        return prompt_bar(
+            lambda progress: stream_ids(
+                self.model,
+                token_ids,
+                self.args.max_new_tokens,
+                stop=self.args.stop,
+                cache=self.cache,
+                stats=stats,
+                progress=progress,
+                **sampling_options(self.args),
+            )
+        )
+
+    def _show(self, events, reply: chat.Reply) -> None:
+        for event in events:
+            reply.add(event)
+            if isinstance(event, chat.ToolCall):
+                OUT.print(f"[{event.name} {event.arguments}]", style="yellow", markup=False)
+                continue
+            style = "dim" if event.kind == "reasoning_content" else None
+            OUT.print(event.text, end="", style=style, markup=False)
+            OUT.file.flush()
+
+
+def run_info(args) -> None:
+    show(describe(args.model))
+
+
+def run_make_tiny(args) -> None:
+    folder = make_tiny(args.folder, args.preset, seed=args.seed, experts=args.experts)
+    print(f'{folder} written. Try: kimi-native generate --model {folder} "Hello"')
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = argparse.ArgumentParser(
+        prog="kimi-native",
+        description="Run Kimi K2.5 checkpoints as they lie on disk, on the CPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("generate", help="answer one prompt", description="Stream the reply to one prompt.")
+    p.add_argument("prompt", help='a user message; "-" reads it from standard input')
+    p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    p.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    add_generation_options(p)
+    p.set_defaults(run=run_generate)
+
+    p = commands.add_parser(
+        "chat",
+        help="talk to the model",
+        description="Interactive chat.",
+        epilog=CHAT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--context",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="tokens the conversation may hold (default 32768)",
+    )
+    p.add_argument("--system", metavar="TEXT", help="system message (default: none)")
+    add_generation_options(p)
+    p.set_defaults(run=run_chat)
+
+    p = commands.add_parser(
+        "info",
+        help="what a checkpoint is",
+        description="Parameters and bytes by component, active "
+        "parameters, cache per token, quantization, missing and unexpected tensors.",
+    )
+    p.add_argument("model", metavar="DIR", help="checkpoint folder; config.json alone will do")
+    p.set_defaults(run=run_info)
+
+    p = commands.add_parser(
+        "make-tiny",
+        help="write a random checkpoint to try things on",
+        description="Write a random checkpoint in the published layout. It speaks gibberish.",
+    )
+    p.add_argument("folder", metavar="DIR", help="folder to create; must not exist")
+    p.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="tiny",
+        help="default: tiny, 2 MB; full-width: one real MoE layer, "
+        "sparse; full-size: the published 595 GB as a sparse file of zeros",
+    )
+    p.add_argument("--experts", choices=["int4", "bf16"], default="int4", help="format of the routed experts")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=run_make_tiny)
+    return main_parser
+
+
+EXAMPLES = """examples:
+  kimi-native make-tiny tiny                          a random checkpoint in the published layout
+  kimi-native generate --model tiny "Hello"           one reply
+  kimi-native chat --model /models/Kimi-K2.5          a conversation
+  kimi-native info /models/Kimi-K2.5                  parameters, bytes, missing tensors"""
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"kimi-native: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The paged latent cache: per token and layer one row, the latent and the rotated rope part of its key."""
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+PAGE_SIZE = 64  # tokens
+DTYPES = {"bfloat16": np.dtype(bfloat16), "float32": np.dtype(np.float32)}
+
+
+class PagePool:
+    """Pages for any number of sequences. The system commits memory to a page when it is first written.
+
+    pages: bfloat16 or float32 [num_layers, num_pages, PAGE_SIZE, width], width = kv_lora_rank + qk_rope_head_dim.
+    """
+
+    def __init__(self, num_layers: int, width: int, num_pages: int, dtype: str = "bfloat16"):
+        if dtype not in DTYPES:
+            raise ValueError(f"cache_dtype is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+        self.pages = np.empty((num_layers, num_pages, PAGE_SIZE, width), DTYPES[dtype])
+        self.free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def bytes_per_token(self) -> int:
+        layers, _, _, width = self.pages.shape
+        return layers * width * self.pages.itemsize
+
+
+class Cache:
+    """The rows of one sequence. token_ids[i] is the token at position i, so that a prefix can be used again.
+
+    A step reserves slots, writes every layer, then commits; a step that is broken off leaves the cache as it was.
+    """
+
+    def __init__(self, pool: PagePool, max_tokens: int):
+        self.pool = pool
+        self.max_tokens = max_tokens
+        self.token_ids: list[int] = []
+        self._pages: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def page_table(self) -> np.ndarray:
+        """int32 [1, pages in use]"""
+        return np.array([self._pages], np.int32)
+
+    def layer(self, index: int) -> np.ndarray:
+        """[num_pages, PAGE_SIZE, width], the layer's part of the pool."""
+        return self.pool.pages[index]
+
+    def reserve(self, count: int) -> np.ndarray:
+        """Slots int64 [count] for the next tokens, taking pages as needed. ValueError when the cache is full."""
+        end = len(self) + count
+        if end > self.max_tokens:
+            raise ValueError(
+                f"cache: {len(self)} tokens and {count} more, expected at most max_tokens = {self.max_tokens}"
+            )
+        needed = -(-end // PAGE_SIZE) - len(self._pages)
+        if needed > len(self.pool.free):
+            raise ValueError(f"cache: needs {needed} pages, the pool has {len(self.pool.free)} left")
+        self._pages += [self.pool.free.pop() for _ in range(needed)]
+        return self._slots(len(self), end)
+
+    def commit(self, token_ids: list[int]) -> None:
+        """Declare the reserved slots of these tokens written."""
+        self.token_ids += token_ids
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on and give its pages back."""
+        if not 0 <= length <= len(self):
+            raise ValueError(f"cache: truncate to {length}, expected 0 to {len(self)}")
+        del self.token_ids[length:]
+        kept = -(-length // PAGE_SIZE)
+        self.pool.free += reversed(self._pages[kept:])
+        del self._pages[kept:]
+
+    def rows(self, layer: int, start: int, stop: int) -> np.ndarray:
+        """Rows of positions start .. stop - 1 as float32 [stop - start, width], in order."""
+        pages = self.layer(layer)
+        return pages.reshape(-1, pages.shape[-1])[self._slots(start, stop)].astype(np.float32)
+
+    def _slots(self, start: int, stop: int) -> np.ndarray:
+        positions = np.arange(start, stop)
+        return np.array(self._pages, np.int64)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
