@@ -1,0 +1,83 @@
+"""gemm: float32 rows times bf16 weights."""
+
+import numpy as np
+import pytest
+import reference
+from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
+from close import assert_close
+from kimi_native import ops
+
+MODEL = [(7168, 1536), (7168, 576), (1536, 12288), (7168, 384), (8192, 1024), (7168, 2048)]
+HOSTILE = [(t, i, o) for t in (1, 2, 3, 5, 8, 17, 33) for i, o in ((1, 1), (7, 31), (31, 257), (257, 7), (1, 5))]
+
+
+def check(x, weight, out):
+    # rows of x and weight are of one size, so a sum reaches sqrt(sum of squares) whatever its own value is
+    reach = 4 * np.linalg.norm(np.float64(x), axis=1)[:, None] * np.sqrt(np.mean(np.float64(weight) ** 2))
+    assert_close(out, reference.gemm(x, weight), reduction=x.shape[1], scale=reach)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), MODEL)
+@pytest.mark.parametrize("T", [1, 5])
+def test_model_shapes(isa, rng, T, n_in, n_out):
+    n_out = n_out // 8 if isa == "scalar" else n_out
+    x, weight = normal(rng, T, n_in), normal(rng, n_out, n_in, dtype=BF16)
+    check(x, weight, ops.gemm(x, weight))
+
+
+@pytest.mark.parametrize(("T", "n_in", "n_out"), HOSTILE)
+def test_hostile_shapes(isa, rng, T, n_in, n_out):
+    x, weight = normal(rng, T, n_in), normal(rng, n_out, n_in, dtype=BF16)
+    check(x, weight, ops.gemm(x, weight))
+
+
+@pytest.mark.parametrize(("T", "n_in", "n_out"), [(0, 64, 8), (3, 64, 0), (3, 0, 8)])
+def test_empty(isa, T, n_in, n_out):
+    out = ops.gemm(np.ones((T, n_in), np.float32), np.ones((n_out, n_in), BF16))
+    assert same_bits(out, np.zeros((T, n_out), np.float32))
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_strided_rows_and_out(isa, rng, T):
+    x, weight, out = normal(rng, T, 75), normal(rng, 13, 75, dtype=BF16), strided(poison(T, 13))
+    assert ops.gemm(strided(x), weight, out=out) is out
+    check(x, weight, out)
+    assert np.isnan(out.base[0]).all() and np.isnan(out.base[:, 14:]).all()
+
+
+def test_identity_returns_the_weights(isa, rng):
+    weight = normal(rng, 45, 67, dtype=BF16)
+    assert same_bits(ops.gemm(np.eye(67, dtype=np.float32), weight), weight.astype(np.float32).T.copy())
+
+
+def test_rows_do_not_depend_on_the_batch(isa, rng):
+    x, weight = normal(rng, 11, 133), normal(rng, 37, 133, dtype=BF16)
+    whole = ops.gemm(x, weight)
+    for t in range(11):
+        assert same_bits(ops.gemm(x[t : t + 1], weight), whole[t : t + 1])
+    assert same_bits(ops.gemm(x[:6], weight[:5]), whole[:6, :5].copy())
+
+
+def test_nan_and_inf_stay_in_their_row_and_column(isa, rng):
+    x, weight = normal(rng, 7, 40), normal(rng, 9, 40, dtype=BF16)
+    x[3, 39], weight[4, 0] = np.nan, np.inf
+    bad = np.zeros((7, 9), bool)
+    bad[3], bad[:, 4] = True, True
+    assert np.array_equal(~np.isfinite(ops.gemm(x, weight)), bad)
+
+
+def arguments():
+    return {"x": np.ones((3, 8), np.float32), "weight": np.ones((5, 8), BF16), "out": poison(3, 5)}
+
+
+def test_rejects():
+    for argument in arguments():
+        if argument != "out":
+            assert_rejects_faults(ops.gemm, arguments(), argument)
+    assert_rejects(ops.gemm, arguments(), "weight", np.ones((5, 7), BF16), ValueError)
+    assert_rejects(ops.gemm, arguments(), "weight", strided(np.ones((5, 8), BF16)), ValueError)
+    assert_rejects(ops.gemm, arguments(), "out", poison(3, 4), ValueError)
+    assert_rejects(ops.gemm, arguments(), "out", poison(2, 5), ValueError)
+    assert_rejects(ops.gemm, arguments(), "out", poison(3, 5, dtype=BF16), TypeError)
+    assert_rejects(ops.gemm, arguments(), "out", poison(3, 10)[:, ::2], ValueError)
+    assert_rejects(ops.gemm, arguments(), "out", read_only(poison(3, 5)), ValueError)

@@ -1,0 +1,74 @@
+"""rms_norm and fused_add_rms_norm."""
+
+import numpy as np
+import pytest
+import reference
+from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
+from close import assert_close
+from kimi_native import ops
+
+SHAPES = [(1, 7168), (3, 7168), (2, 1536), (5, 512), (0, 64)]
+SHAPES += [(t, h) for t in (1, 2, 5, 8, 17, 33) for h in (1, 7, 31, 257)]
+
+
+@pytest.mark.parametrize(("T", "H"), SHAPES)
+def test_rms_norm(isa, rng, T, H):
+    x, weight = normal(rng, T, H), normal(rng, H, dtype=BF16)
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), reduction=H)
+
+
+@pytest.mark.parametrize(("T", "H"), SHAPES)
+def test_fused_add_rms_norm(isa, rng, T, H):
+    x, residual, weight = normal(rng, T, H), normal(rng, T, H, scale=3), normal(rng, H, dtype=BF16)
+    total = x + residual
+    out = ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+    assert same_bits(residual, total)
+    assert_close(out, reference.rms_norm(total, weight, 1e-6), reduction=H)
+
+
+def test_strided_rows_and_out(isa, rng):
+    x, residual, weight = normal(rng, 9, 83), normal(rng, 9, 83), normal(rng, 83, dtype=BF16)
+    out, held = strided(poison(9, 83)), strided(residual)
+    around = held.base.copy()
+    around[1:10, 1:84] += x
+    assert ops.rms_norm(strided(x), weight, 1e-5, out=out) is out
+    assert_close(out, reference.rms_norm(x, weight, 1e-5), reduction=83)
+    assert np.isnan(out.base[0]).all() and np.isnan(out.base[:, 84:]).all()
+    assert ops.fused_add_rms_norm(strided(x), held, weight, 1e-5, out=out) is out
+    assert_close(out, reference.fused_add_rms_norm(x, residual, weight, 1e-5)[0], reduction=83)
+    assert same_bits(held.base, around)
+
+
+def test_eps_matters_for_small_rows(isa):
+    x, weight = np.full((2, 64), 1e-3, np.float32), np.ones(64, BF16)
+    x[1] = 0
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), reduction=64)
+    assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), reduction=64)
+
+
+def test_nan_stays_in_its_row(isa, rng):
+    x, weight = normal(rng, 5, 71), np.ones(71, BF16)
+    x[2, 70] = np.nan
+    out = ops.rms_norm(x, weight, 1e-5)
+    assert np.isnan(out).all(axis=1).tolist() == [False, False, True, False, False]
+    assert np.isfinite(out[[0, 1, 3, 4]]).all()
+
+
+def arguments(op):
+    given = {"x": np.ones((3, 8), np.float32), "weight": np.ones(8, BF16), "eps": 1e-5, "out": poison(3, 8)}
+    return given | ({"residual": np.ones((3, 8), np.float32)} if op is ops.fused_add_rms_norm else {})
+
+
+@pytest.mark.parametrize("op", [ops.rms_norm, ops.fused_add_rms_norm])
+def test_rejects(op):
+    for argument in arguments(op).keys() - {"eps", "out"}:
+        assert_rejects_faults(op, arguments(op), argument)
+    written = [name for name in ("out", "residual") if name in arguments(op)]
+    for argument in written:
+        assert_rejects(op, arguments(op), argument, poison(3, 9), ValueError)
+        assert_rejects(op, arguments(op), argument, poison(4, 8), ValueError)
+        assert_rejects(op, arguments(op), argument, read_only(poison(3, 8)), ValueError)
+        assert_rejects(op, arguments(op), argument, poison(3, 8, dtype=np.float64), TypeError)
+    assert_rejects(op, arguments(op), "weight", np.ones(7, BF16), ValueError)
+    assert_rejects(op, arguments(op), "weight", np.ones(8, np.float32), TypeError)
+    assert_rejects(op, arguments(op), "x", np.ones((3, 8), BF16), TypeError)

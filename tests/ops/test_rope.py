@@ -1,0 +1,106 @@
+"""rope: interleaved pairs, tables by position."""
+
+import numpy as np
+import pytest
+import reference
+from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
+from close import assert_close
+from kimi_native import ops
+
+
+def tables(P, R):
+    angle = np.arange(P)[:, None] * 50000.0 ** (-2 * np.arange(R // 2) / R)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def check(x, cos, sin, positions, out):
+    # each result is a sum of two products, as large as the pair is long
+    pair = np.hypot(np.float64(x)[..., 0::2], np.float64(x)[..., 1::2])
+    assert_close(out, reference.rope(x, cos, sin, positions), reduction=2, scale=np.repeat(pair, 2, axis=-1))
+
+
+@pytest.mark.parametrize(("T", "N", "R"), [(1, 64, 64), (9, 64, 64), (33, 1, 64), (0, 2, 4), (2, 0, 4)])
+@pytest.mark.parametrize("first", [0, 4090])
+def test_model_shapes(isa, rng, T, N, R, first):
+    cos, sin = tables(4200, R)
+    x, positions = normal(rng, T, N, R), np.arange(first, first + T, dtype=np.int32)
+    check(x, cos, sin, positions, ops.rope(x, cos, sin, positions))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 17])
+@pytest.mark.parametrize("R", [2, 6, 14, 30, 34, 62])
+def test_hostile_shapes(isa, rng, T, R):
+    cos, sin = tables(50, R)
+    x, positions = normal(rng, T, 3, R), rng.integers(0, 50, T).astype(np.int32)
+    check(x, cos, sin, positions, ops.rope(x, cos, sin, positions))
+
+
+def test_known_rotation(isa):
+    cos, sin = np.array([[1.0, 1.0], [0.0, 0.5]], np.float32), np.array([[0.0, 0.0], [1.0, 0.25]], np.float32)
+    x = np.array([[[1, 2, 3, 4]], [[1, 2, 3, 4]]], np.float32)
+    out = ops.rope(x, cos, sin, np.array([0, 1], np.int32))
+    assert out.tolist() == [[[1, 2, 3, 4]], [[-2, 1, 0.5, 2.75]]]
+
+
+def test_in_place(isa, rng):
+    cos, sin = tables(20, 22)
+    x, positions = normal(rng, 7, 3, 22), np.array([0, 19, 3, 3, 7, 1, 0], np.int32)
+    expected = ops.rope(x, cos, sin, positions)
+    assert ops.rope(x, cos, sin, positions, out=x) is x
+    assert same_bits(x, expected)
+
+
+def test_last_columns_of_a_query_in_place(isa, rng):
+    """What the model does: q [T, N, dn + R], the rope part last."""
+    cos, sin = tables(20, 8)
+    q, positions = normal(rng, 5, 3, 24), np.arange(5, dtype=np.int32)
+    before, part = q.copy(), q[..., 16:]
+    ops.rope(part, cos, sin, positions, out=part)
+    check(before[..., 16:], cos, sin, positions, part.copy())
+    assert same_bits(q[..., :16].copy(), before[..., :16].copy())
+
+
+def test_strided_x_and_out(isa, rng):
+    cos, sin = tables(20, 10)
+    x, positions, out = normal(rng, 5, 3, 10), np.arange(5, dtype=np.int32), strided(poison(5, 3, 10))
+    assert ops.rope(strided(x), cos, sin, positions, out=out) is out
+    check(x, cos, sin, positions, out)
+    assert np.isnan(out.base).sum() == out.base.size - out.size
+
+
+def arguments():
+    cos, sin = tables(10, 8)
+    positions = np.array([0, 9, 5], np.int32)
+    return {
+        "x": np.ones((3, 2, 8), np.float32),
+        "cos": cos,
+        "sin": sin,
+        "positions": positions,
+        "out": poison(3, 2, 8),
+    }
+
+
+def test_rejects():
+    for argument in ("x", "cos", "sin", "positions"):
+        assert_rejects_faults(ops.rope, arguments(), argument)
+    for shape in ((10, 3), (10, 5), (9, 4)):
+        assert_rejects(ops.rope, arguments(), "sin", np.ones(shape, np.float32), ValueError)
+    assert_rejects(ops.rope, arguments(), "cos", np.ones((10, 4), BF16), TypeError)
+    assert_rejects(ops.rope, arguments(), "positions", np.zeros(2, np.int32), ValueError)
+    for shape in ((3, 2, 6), (3, 1, 8), (2, 2, 8), (3, 16)):
+        assert_rejects(ops.rope, arguments(), "out", poison(*shape), ValueError)
+    assert_rejects(ops.rope, arguments(), "out", poison(3, 2, 8, dtype=np.float64), TypeError)
+    assert_rejects(ops.rope, arguments(), "out", read_only(poison(3, 2, 8)), ValueError)
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1, -(2**31)])
+def test_rejects_positions_outside_the_tables(bad):
+    given = arguments()
+    assert_rejects(ops.rope, given, "positions", np.array([0, 1, bad], np.int32), ValueError)
+    assert np.isnan(given["out"]).all(), "rows were written before the positions were checked"
+
+
+def test_rejects_odd_width():
+    cos, sin = tables(10, 8)
+    with pytest.raises(ValueError, match="^rope: "):
+        ops.rope(np.ones((3, 2, 9), np.float32), cos, sin, np.zeros(3, np.int32))

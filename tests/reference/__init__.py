@@ -1,0 +1,43 @@
+"""The ops in float64 NumPy, written from their formulas: what the tests call right.
+
+Names and signatures are those of `kimi_native.ops`; what an op does in place is returned here instead.
+"""
+
+from .attention import append_mla_cache, mla_decode, mla_prefill, rope
+from .linear import batched_gemm, dequantize_int4, exact_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
+from .moe import (
+    ExpertWeights,
+    fused_moe,
+    grouped_gemm,
+    grouped_gemm_int4,
+    moe_permute,
+    moe_unpermute,
+    topk_sigmoid,
+)
+from .norm import fused_add_rms_norm, rms_norm
+from .sampling import kept_tokens, top_k_top_p_sample
+
+__all__ = [
+    "ExpertWeights",
+    "append_mla_cache",
+    "batched_gemm",
+    "dequantize_int4",
+    "exact_int4",
+    "fused_add_rms_norm",
+    "fused_moe",
+    "gemm",
+    "gemm_int4",
+    "grouped_gemm",
+    "grouped_gemm_int4",
+    "kept_tokens",
+    "mla_decode",
+    "mla_prefill",
+    "moe_permute",
+    "moe_unpermute",
+    "quantize_int4",
+    "rms_norm",
+    "rope",
+    "silu_and_mul",
+    "top_k_top_p_sample",
+    "topk_sigmoid",
+]

@@ -1,0 +1,73 @@
+"""Rotary embedding and latent attention in float64."""
+
+import numpy as np
+
+
+def rope(x, cos, sin, positions):
+    """Rotate pairs (2i, 2i + 1) of x [T, N, R] by row positions[t] of the tables [P, R/2]."""
+    x = np.float64(x)
+    c, s = (np.float64(table)[positions][:, None, :] for table in (cos, sin))
+    out = np.empty_like(x)
+    out[..., 0::2] = x[..., 0::2] * c - x[..., 1::2] * s
+    out[..., 1::2] = x[..., 0::2] * s + x[..., 1::2] * c
+    return out
+
+
+def append_mla_cache(latent, k_pe, cache, slots):
+    """A copy of the cache [pages, page_size, C + R] with rows [latent, k_pe] at the slots, in its dtype."""
+    new = cache.copy()
+    with np.errstate(over="ignore"):
+        new.reshape(-1, cache.shape[2])[slots] = np.concatenate([latent, k_pe], axis=1).astype(cache.dtype)
+    return new
+
+
+def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False):
+    """Ragged causal attention: q [T, N, dn + R], kv [S, N, dn + dv], k_pe [S, R] to out [T, N, dv]."""
+    q, kv, k_pe = np.float64(q), np.float64(kv), np.float64(k_pe)
+    dn = q.shape[2] - k_pe.shape[1]
+    out = np.zeros((*q.shape[:2], kv.shape[2] - dn))
+    lse = np.full(q.shape[:2], -np.inf)
+    for b, offset in enumerate(causal_offsets):
+        rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+        keys = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
+        score = np.einsum("ind,jnd->inj", q[rows, :, :dn], kv[keys, :, :dn])
+        score = scale * (score + np.einsum("inr,jr->inj", q[rows, :, dn:], k_pe[keys]))
+        i, j = np.ogrid[: score.shape[0], : score.shape[2]]
+        score[np.broadcast_to((j > i + offset)[:, None, :], score.shape)] = -np.inf
+        p, lse[rows] = softmax(score)
+        out[rows] = np.einsum("inj,jnd->ind", p, kv[keys, :, dn:])
+    if state is not None:
+        out, lse = merge(np.float64(state[0]), np.float64(state[1]), out, lse)
+    return (out, lse) if return_lse else out
+
+
+def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
+    """One query a sequence, q [B, N, C + R], over its cache rows: key = row, value = its first C numbers."""
+    q = np.float64(q)
+    out = np.zeros((*q.shape[:2], kv_lora_rank))
+    lse = np.full(q.shape[:2], -np.inf)
+    page_size = cache.shape[1]
+    for b, length in enumerate(seq_lens):
+        token = np.arange(length)
+        rows = np.float64(cache[page_table[b, token // page_size], token % page_size])
+        p, lse[b] = softmax(scale * q[b] @ rows.T)
+        out[b] = p @ rows[:, :kv_lora_rank]
+    return (out, lse) if return_lse else out
+
+
+def softmax(score):
+    """(softmax, log-sum-exp) over the last axis; without a key above -inf: 0 and -inf."""
+    top = score.max(axis=-1, initial=-np.inf)
+    shift = np.where(np.isfinite(top), top, 0)
+    p = np.exp(score - shift[..., None])
+    total = p.sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        return p / np.where(total > 0, total, 1)[..., None], shift + np.log(total)
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """Attention over the union of two disjoint key sets from the results over each."""
+    lse = np.logaddexp(lse_a, lse_b)
+    safe = np.where(np.isfinite(lse), lse, 0)
+    out = np.exp(lse_a - safe)[..., None] * out_a + np.exp(lse_b - safe)[..., None] * out_b
+    return out, lse

@@ -1,0 +1,60 @@
+"""Linear maps, INT4 packing and SwiGLU in float64."""
+
+import ml_dtypes
+import numpy as np
+
+GROUP = 32
+
+
+def gemm(x, weight):
+    """x [T, in] @ weight [out, in] transposed."""
+    return np.float64(x) @ np.float64(weight).T
+
+
+def batched_gemm(x, weight, transpose_weight=False):
+    """One matrix per head: x [T, N, in], weight [N, out, in] ([N, in, out] when transposed)."""
+    subscripts = "tni,nio->tno" if transpose_weight else "tni,noi->tno"
+    return np.einsum(subscripts, np.float64(x), np.float64(weight))
+
+
+def exact_int4(weight_packed, weight_scale):
+    """q * scale without rounding, float64 [out, in]; input 8j + k is nibble k of word j, q = nibble - 8."""
+    words = np.asarray(weight_packed).view(np.uint32)[..., None]
+    q = ((words >> np.arange(0, 32, 4, dtype=np.uint32)) & 15).astype(np.float64) - 8
+    q = q.reshape(len(weight_packed), 8 * weight_packed.shape[1])
+    return q * np.repeat(np.float64(weight_scale), GROUP, axis=1)
+
+
+def gemm_int4(x, weight_packed, weight_scale):
+    """x [T, in] @ (q * scale) transposed."""
+    return np.float64(x) @ exact_int4(weight_packed, weight_scale).T
+
+
+def dequantize_int4(weight_packed, weight_scale):
+    """bf16(q * scale), rounded once to nearest even: the product has 12 bits, float32 holds it exactly."""
+    with np.errstate(over="ignore"):
+        return exact_int4(weight_packed, weight_scale).astype(np.float32).astype(ml_dtypes.bfloat16)
+
+
+def quantize_int4(weight):
+    """(packed, scale): scale = bf16(max(absmax / 7, 1e-5)), q = clamp(rint(w / scale), -7, 7).
+
+    The two quotients are float32, as the contract says: codes are compared exactly.
+    """
+    rows, columns = weight.shape
+    groups = np.float32(weight).reshape(rows, columns // GROUP, GROUP)
+    finite = np.isfinite(groups).all(axis=-1)
+    groups = np.where(finite[..., None], groups, np.float32(0))
+    absmax = np.abs(groups).max(axis=-1, initial=0)
+    scale = np.maximum(absmax / np.float32(7), np.float32(1e-5)).astype(ml_dtypes.bfloat16)
+    q = np.clip(np.rint(groups / np.float32(scale)[..., None]), -7, 7).astype(np.int64)
+    nibbles = (q + 8).astype(np.uint32).reshape(rows, columns // 8, 8)
+    packed = (nibbles << np.arange(0, 32, 4, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32).view(np.int32)
+    return packed, np.where(finite, scale, ml_dtypes.bfloat16(np.nan))
+
+
+def silu_and_mul(x):
+    """silu of the first half of the last axis times the second half."""
+    gate, up = np.split(np.float64(x), 2, axis=-1)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up

@@ -1,0 +1,15 @@
+"""RMSNorm in float64."""
+
+import numpy as np
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    x = np.float64(x)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * np.float64(weight)
+
+
+def fused_add_rms_norm(x, residual, weight, eps):
+    """Returns (rms_norm(residual + x), residual + x)."""
+    total = np.float64(residual) + np.float64(x)
+    return rms_norm(total, weight, eps), total
