@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kimi_native import chat, ops
 from kimi_native.generate import Stats, encode_prompt, stream, stream_ids
@@ -27,16 +27,16 @@ CHAT_HELP = """/clear     forget the conversation
 @contextmanager
 def progress_bar(label: str):
     """Yields progress(done, total); the bar appears on stderr once the work has taken a second."""
-    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn(label), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=ERR, transient=True)
-    task, started, shown = bar.add_task(label, total=None), time.monotonic(), False
+    task, due = bar.add_task(label, total=None), time.monotonic() + 1
 
     def update(done: int, total: int) -> None:
-        nonlocal shown
-        if not shown and time.monotonic() - started > 1:
+        nonlocal due
+        if time.monotonic() > due:
             bar.start()
-            shown = True
-        bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total)
+            due += 0.1
 
     try:
         yield update
@@ -249,11 +249,14 @@ class Session:
 
 
 def run_info(args) -> None:
-    show(describe(args.model))
+    with progress_bar("reading headers") as progress:
+        description = describe(args.model, progress)
+    show(description)
 
 
 def run_make_tiny(args) -> None:
-    folder = make_tiny(args.folder, args.preset, seed=args.seed, experts=args.experts)
+    with progress_bar("writing tensors") as progress:
+        folder = make_tiny(args.folder, args.preset, seed=args.seed, experts=args.experts, progress=progress)
     print(f'{folder} written. Try: kimi-native generate --model {folder} "Hello"')
 
 

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ class Checkpoint:
     CheckpointError for anything that is missing or malformed.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, progress: Callable[[int, int], None] | None = None):
+        """progress(done, total) is called after each file's header."""
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
@@ -79,7 +81,11 @@ class Checkpoint:
         else:
             raise CheckpointError(f"{self.folder}: has neither {index.name} nor {single.name}, expected one")
         self._maps = {file: _map_file(file) for file in files}
-        headers = {file.name: _read_header(file, data) for file, data in self._maps.items()}
+        headers = {}
+        for file, data in self._maps.items():
+            headers[file.name] = _read_header(file, data)
+            if progress:
+                progress(len(headers), len(files))
         if weight_map is None:
             self.entries: dict[str, Entry] = headers[single.name]
         else:

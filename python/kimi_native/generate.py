@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kimi_native import chat
 from kimi_native.cache import Cache
-from kimi_native.model import PREFILL_CHUNK, Model
+from kimi_native.model import Model
 from kimi_native.sampling import Sampler, SamplingParams
 
 STOP_TOKENS = ("<|im_end|>", "[EOS]", "[EOT]")
@@ -49,8 +49,7 @@ def stop_ids(model: Model) -> set[int]:
 def prefill(model: Model, token_ids, cache: Cache, progress: Callable[[int, int], None] | None = None):
     """Bring the cache to hold token_ids, using what it already has of them.
 
-    progress(done, total) is called after each chunk. Returns the last token's logits, float32 [1, V], and how many
-    tokens the cache had already.
+    progress as in Model.forward. Returns the last token's logits, float32 [1, V], and how many tokens the cache had.
     """
     token_ids = list(token_ids)
     if not token_ids:
@@ -65,12 +64,7 @@ def prefill(model: Model, token_ids, cache: Cache, progress: Callable[[int, int]
             f"the prompt has {len(token_ids)} tokens, expected at most the cache's max_tokens = {cache.max_tokens}"
         )
     cache.truncate(shared)
-    for start in range(shared, len(token_ids), PREFILL_CHUNK):
-        chunk = token_ids[start : start + PREFILL_CHUNK]
-        logits = model.forward(chunk, cache, last_only=True)
-        if progress:
-            progress(start + len(chunk), len(token_ids))
-    return logits, shared
+    return model.forward(token_ids[shared:], cache, last_only=True, progress=progress), shared
 
 
 def iter_tokens(
@@ -87,7 +81,7 @@ def iter_tokens(
     """Yield new token ids as they are drawn; a stop id ends the sequence and is not yielded.
 
     cache: continued if given; the part of token_ids that it already holds is not computed again. sampling: fields of
-    SamplingParams. stats is filled in as generation goes on. progress(done, total) follows the prompt's tokens.
+    SamplingParams. stats is filled in as generation goes on. progress(done, total) follows the prompt.
     Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache.
     """
     if max_new_tokens < 1:

@@ -73,18 +73,19 @@ class Description:
         return sum(component.bytes for component in self.components)
 
 
-def describe(folder) -> Description:
+def describe(folder, progress=None) -> Description:
     """Describe the checkpoint in `folder`; without any safetensors file, the layout that config.json asks for.
 
     Raises ConfigError or CheckpointError for a malformed file. Tensors that are missing, unexpected or of
-    another shape or dtype than the config asks for are no error here, they are listed.
+    another shape or dtype than the config asks for are no error here, they are listed. progress(done, total) is
+    called after each file's header.
     """
     folder = Path(folder)
     config = Config.from_folder(folder)
     text = config.text_config
     has_weights = any(folder.glob("*.safetensors*"))
     if has_weights:
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, progress)
         expected = _expected_beside(config, checkpoint)
         found = {name: (entry.shape, entry.dtype) for name, entry in checkpoint.entries.items()}
         both = [name for name in expected if name in found]

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -36,14 +36,22 @@ _BLOCK = 2**20  # values drawn at a time; part of the definition of the values
 _NORMAL_STD = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four random bytes
 
 
-def make_tiny(folder, preset: str = "tiny", *, seed: int = 0, experts: str = "int4", scale_bits: int = 8) -> Path:
+def make_tiny(
+    folder,
+    preset: str = "tiny",
+    *,
+    seed: int = 0,
+    experts: str = "int4",
+    scale_bits: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write a random checkpoint of one of PRESETS to `folder`, which must not exist, and return its path.
 
     experts: "int4" for packed routed experts, "bf16" for the very same values as plain bf16 weights.
     scale_bits: significant bits of the INT4 scales, 1 to 8 (all that bf16 has). Up to 5 every q * scale is
     exact in bf16, so that an INT4 and a bf16 copy of one seed hold equal weights whatever the order of
-    rounding. Raises ValueError for a bad argument and FileExistsError for an existing folder; a failure
-    leaves nothing.
+    rounding. progress(done, total) is called after each tensor. Raises ValueError for a bad argument and
+    FileExistsError for an existing folder; a failure leaves nothing.
     """
     folder = Path(folder)
     if preset not in PRESETS:
@@ -69,7 +77,7 @@ def make_tiny(folder, preset: str = "tiny", *, seed: int = 0, experts: str = "in
         if "vision_config" in values:
             _write_json(partial / "preprocessor_config.json", PREPROCESSOR_CONFIG)
         tensors = expected_tensors(Config.from_dict(values), quantized=experts == "int4")
-        _write_weights(partial, tensors, _Values(preset, seed, scale_bits))
+        _write_weights(partial, tensors, _Values(preset, seed, scale_bits), progress)
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial)
@@ -116,7 +124,7 @@ def _write_tokenizer(folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", config)
 
 
-def _write_weights(folder: Path, tensors: dict, values: "_Values") -> None:
+def _write_weights(folder: Path, tensors: dict, values: "_Values", progress) -> None:
     """Shards as published: one a layer, then the rest of the text model, the projector, the vision tower."""
     shards: dict[tuple[int, int], dict] = {}
     for name, spec in tensors.items():
@@ -124,7 +132,9 @@ def _write_weights(folder: Path, tensors: dict, values: "_Values") -> None:
     weight_map, total_size = {}, 0
     for number, (_, shard) in enumerate(sorted(shards.items()), 1):
         file = folder / f"model-{number:05}-of-{len(shards):06}.safetensors"
-        total_size += _write_shard(file, shard, values)
+        done = len(weight_map)
+        advance = (lambda n, done=done: progress(done + n, len(tensors))) if progress else None
+        total_size += _write_shard(file, shard, values, advance)
         weight_map |= dict.fromkeys(shard, file.name)
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
@@ -140,8 +150,11 @@ def _placement(name: str) -> tuple[int, int]:
     return (0, int(rest.split(".")[0])) if in_layer else (1, 0)
 
 
-def _write_shard(file: Path, tensors: dict, values: "_Values") -> int:
-    """Write one safetensors file; what `values` leaves out stays a hole. Returns the bytes of its tensors."""
+def _write_shard(file: Path, tensors: dict, values: "_Values", advance: Callable[[int], None] | None) -> int:
+    """Write one safetensors file; what `values` leaves out stays a hole. Returns the bytes of its tensors.
+
+    advance(n) is called after the n-th tensor.
+    """
     # Larger items first keep every tensor aligned; weight_shapes side by side keep full-size small on disk.
     names = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][1]].itemsize, not name.endswith(".weight_shape")))
     header, position = {"__metadata__": {"format": "pt"}}, 0
@@ -154,10 +167,12 @@ def _write_shard(file: Path, tensors: dict, values: "_Values") -> int:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for done, name in enumerate(names, 1):
             stream.seek(8 + len(text) + header[name]["data_offsets"][0])
             for block in values.blocks(name, *tensors[name], tensors):
                 stream.write(block.tobytes())
+            if advance:
+                advance(done)
         stream.truncate(8 + len(text) + position)
     return position
 

@@ -7,13 +7,14 @@ Activations are float32 [T, H] between modules.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from kimi_native import ops
 from kimi_native.cache import PAGE_SIZE, Cache, PagePool
-from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint import Checkpoint, CheckpointError
 from kimi_native.config import Config, TextConfig
 from kimi_native.tokenizer import Tokenizer
 
@@ -193,13 +194,13 @@ class Model:
     def load(cls, path, cache_dtype="bfloat16", progress: Callable[[int, int], None] | None = None, **overrides):
         """Map a checkpoint folder as published; no weight is copied or converted.
 
-        cache_dtype: "bfloat16" or "float32". progress(done, total) is called after each layer. Overrides replace
-        fields of the text config, e.g. mla_norm_eps=1e-6.
+        cache_dtype: "bfloat16" or "float32". progress(done, total) is called after each file's header,
+        then after each layer. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected.
         """
         path = Path(path)
         config = Config.from_folder(path, **overrides)
-        model = cls(config, Checkpoint(path), cache_dtype, progress)
+        model = cls(config, Checkpoint(path, progress), cache_dtype, progress)
         if (path / "tiktoken.model").exists():
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
@@ -242,33 +243,37 @@ class Model:
         pages = -(-max_tokens // PAGE_SIZE)
         return Cache(PagePool(c.num_hidden_layers, c.cache_width, pages, self.cache_dtype), max_tokens)
 
-    def forward(self, token_ids, cache: Cache, last_only: bool = False):
+    def forward(self, token_ids, cache: Cache, last_only: bool = False, progress=None):
         """Run tokens through the model at the positions that follow those in the cache, and append them to it.
 
         token_ids: integers, at least one, each in [0, vocab_size). Returns logits float32 [T, V], or [1, V] of the last
         token with last_only. Broken off by an exception, the cache keeps the chunks that were finished.
+        progress(done, total) is called after each layer of each chunk, in tokens times layers.
         Raises ValueError for an empty list, an id out of range or a full cache.
         """
         ids = self._checked(token_ids)
         if len(cache) + len(ids) > cache.max_tokens:
             cache.reserve(len(ids))  # raises with the numbers
-        logits = []
+        depth, logits = len(self.layers), []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            hidden = self._hidden(chunk, cache)
+            done = partial(_report, progress, start * depth, len(chunk), len(ids) * depth) if progress else None
+            hidden = self._hidden(chunk, cache, done)
             if not last_only:
                 logits.append(self.lm_head(hidden))
         return self.lm_head(hidden[-1:]) if last_only else np.concatenate(logits)
 
-    def _hidden(self, ids, cache: Cache):
+    def _hidden(self, ids, cache: Cache, layer_done: Callable[[int], None] | None):
         """One chunk through all layers: int [T] -> float32 [T, H] after the final norm."""
         start, stop = len(cache), len(cache) + len(ids)
         cos, sin = self._rope_tables(stop)
         step = Step(np.arange(start, stop, dtype=np.int32), cache.reserve(len(ids)), cos, sin, cache)
         delta = self.embed_tokens[ids].astype(np.float32)
         residual = np.zeros_like(delta)
-        for layer in self.layers:
+        for count, layer in enumerate(self.layers, 1):
             delta = layer.forward(delta, residual, step)
+            if layer_done:
+                layer_done(count)
         cache.commit(ids.tolist())
         return ops.fused_add_rms_norm(delta, residual, self.norm, self.config.text_config.rms_norm_eps)
 
@@ -289,6 +294,10 @@ class Model:
         if length > len(self._cos):
             self._cos, self._sin = rope_tables(self.config.text_config, max(256, 2 * length))
         return self._cos, self._sin
+
+
+def _report(progress, before: int, tokens: int, total: int, layers_done: int) -> None:
+    progress(before + tokens * layers_done, total)
 
 
 class Weights:
@@ -319,7 +328,7 @@ class Weights:
         kinds = {len(a) for a in arrays}
         if len(kinds) > 1:
             odd = next(e for e in range(count) if len(arrays[e]) != len(arrays[0]))
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.prefix}experts.{odd}.{name}: is {'INT4' if len(arrays[odd]) == 2 else 'bf16'}, expected the "
                 f"format of expert 0, {'INT4' if len(arrays[0]) == 2 else 'bf16'}"
             )
@@ -347,15 +356,16 @@ def softmax_scale(config: TextConfig) -> float:
 
 
 def inverse_frequencies(config: TextConfig) -> np.ndarray:
-    """float32 [R / 2]: RoPE's frequencies, with YaRN blended between base and base / factor.
+    """float32 [R / 2]: RoPE's frequencies, with YaRN blended between f and f / factor.
 
+    Blended in float32, as where the model was trained: float64 would differ in the last digits.
     Source: Peng et al. 2023, arXiv 2309.00071, in the form of DeepSeek-V2's published code.
     """
     R, rope = config.qk_rope_head_dim, config.rope_scaling
-    i = np.arange(R // 2)
-    base = config.rope_theta ** (-2.0 * i / R)
+    base = (config.rope_theta ** (np.arange(0, R, 2) / R)).astype(np.float32)
+    frequencies = 1 / base
     if rope is None:
-        return base.astype(np.float32)
+        return frequencies
 
     def index_of(rotations: float) -> float:
         """The pair that turns `rotations` times within the original context."""
@@ -364,8 +374,9 @@ def inverse_frequencies(config: TextConfig) -> np.ndarray:
 
     low = max(math.floor(index_of(rope.beta_fast)), 0)
     high = min(math.ceil(index_of(rope.beta_slow)), R - 1)
-    ramp = np.clip((i - low) / (high - low if high != low else 0.001), 0, 1)
-    return (base * (1 - ramp) + base / rope.factor * ramp).astype(np.float32)
+    ramp = (np.arange(R // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    kept = 1 - np.clip(ramp, 0, 1).astype(np.float32)
+    return frequencies * kept + 1 / (np.float32(rope.factor) * base) * (1 - kept)
 
 
 def rope_tables(config: TextConfig, length: int) -> tuple[np.ndarray, np.ndarray]:

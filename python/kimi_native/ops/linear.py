@@ -74,7 +74,7 @@ def quantize_int4(weight):
     q = clamp(rint(w / scale), -7, 7).
 
     weight: float32 [out, in], in a multiple of 32. Returns (weight_packed int32 [out, in / 8], weight_scale bfloat16
-    [out, in / 32]). Quantising what was quantised changes nothing. A group with a non-finite value gets a NaN scale.
+    [out, in / 32]). Quantising q * scale again gives the same. A group with a non-finite value gets a NaN scale.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     n_out, n_in = shape_of("quantize_int4", "weight", weight, 2)
