@@ -1,0 +1,1 @@
+"""Microbenchmarks of the kernels and of generation: `python -m bench --help`."""

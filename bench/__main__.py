@@ -1,0 +1,99 @@
+"""Time the kernels at the model's shapes: python -m bench [name ...]
+
+One line a case:
+
+  op         case        isa     median    spread  rate                      of roof  vs baseline
+  gemm       o_proj T=1  avx512  5.96 ms   ±2%     19.7 GB/s, 19.7 GFLOP/s   53%      3.1x numpy
+
+  median       of the repeats, each with cold caches and a warm thread pool
+  spread       half the interquartile range over the median; repeat a run whose spread is wide
+  rate         GB/s: the bytes that have to cross the memory bus (each weight, input and output once, a kernel's own
+               scratch not counted); GFLOP/s: two operations a multiply-add. The one that limits the case comes first
+  of roof      time the machine needs at the read bandwidth and float32 peak in the header, over the median
+  vs baseline  how many times faster than the same maths in NumPy on the same stored arrays (bf16 or packed INT4,
+               converted to float32 as part of the work)
+
+A benchmark never passes or fails. Compare figures of one machine, one header and a quiet moment only. Other programs on
+the same cores or the same memory bus can halve a rate while the spread stays small, and the roof is measured only once,
+at the start: run twice, and believe what comes out twice.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+NAMES = sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py"))
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+EXAMPLES = """examples:
+  python -m bench                            every benchmark, about four minutes on two cores, 2.5 GB of memory
+  python -m bench fused_moe gemm_int4        two of them
+  python -m bench --quick                    all, fewer repeats
+  python -m bench mla_decode --isa avx2      with the kernels of another instruction set
+  python -m bench gemm --json > before.jsonl one JSON object a line: the header, then the cases, all seconds listed
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="name", help="benchmarks to run (default: all; --list shows them)")
+    add("--json", action="store_true", help="JSON lines instead of a table")
+    add("--isa", metavar="NAME", help="instruction set of the kernels (default: the best this chip has)")
+    add("--threads", type=int, metavar="N", help="threads of the kernels, of the roof and of NumPy's BLAS")
+    add("--quick", action="store_true", help="fewer repeats")
+    add("--list", action="store_true", help="print the names and stop")
+    return parser
+
+
+def main() -> int:
+    arguments = parser()
+    args = arguments.parse_args()
+    unknown = [name for name in args.names if name not in NAMES]
+    if unknown:
+        arguments.error(f"unknown benchmark {unknown[0]!r}, expected one of: {', '.join(NAMES)}")
+    if args.threads is not None:  # BLAS reads these once, when NumPy is imported
+        os.environ.update(dict.fromkeys(BLAS_THREADS, str(args.threads)))
+    modules = {name: importlib.import_module(f"bench.bench_{name}") for name in args.names or NAMES}
+    if args.list:
+        for name, module in modules.items():
+            print(f"{name:20}{module.__doc__.splitlines()[0]}")
+        return 0
+    try:
+        configure(args.isa, args.threads)
+    except ValueError as error:
+        arguments.error(str(error))
+    run(modules, args)
+    return 0
+
+
+def configure(isa: str | None, threads: int | None) -> None:
+    from kimi_native import ops
+
+    if isa is not None:
+        ops.set_isa(isa)
+    if threads is not None:
+        ops.set_num_threads(threads)
+
+
+def run(modules, args) -> None:
+    from bench.harness import Harness
+
+    harness = Harness(quick=args.quick, json_lines=args.json)
+    harness.header()
+    for module in modules.values():
+        module.bench(harness)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,157 @@
+"""Measure a call with cold caches, compare it with the roof and the baseline, print a line.
+
+What a time contains: one call of the public function from Python with its checks. Where an op takes `out=` the array is
+given and has been written before; the others allocate their result, as in use. Before each call our own matrix-vector
+product reads a buffer of three times the last-level cache on all threads: nothing of the case is left in a cache,
+neither activations nor code, and the workers of the pool have not gone to sleep. The way from Python to the kernel
+through cold caches takes tens of microseconds, most of what the cases with one token and no matrix show.
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+from kimi_native import ops
+from ml_dtypes import bfloat16
+
+from bench.roofline import Roof, last_level_cache
+
+COLUMNS = "{:20}{:32}{:8}{:>10}  {:>6}  {:34}{:>7}  {}"
+
+
+class Harness:
+    """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table."""
+
+    def __init__(self, quick: bool = False, json_lines: bool = False):
+        self.quick, self.json_lines = quick, json_lines
+        self.roof = Roof.measure()
+        self._flush_weight = np.ones((3 * last_level_cache() // 2**14, 2**13), bfloat16)
+        self._flush_x = np.ones((1, 2**13), np.float32)
+
+    def header(self) -> None:
+        """Which code ran where, and the roof."""
+        facts = {
+            "commit": _commit(),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "chip": _chip(),
+            "isa": ops.isa(),
+            "threads": ops.num_threads(),
+            "numpy": np.__version__,
+            "read_bytes_per_second": self.roof.bandwidth,
+            "float32_operations_per_second": self.roof.peak,
+            "blas_threads": round(self.roof.blas_threads, 2),
+            "last_level_cache_bytes": last_level_cache(),
+        }
+        if self.json_lines:
+            print(json.dumps(facts), flush=True)
+            return
+        print("commit {commit}, {date}, {chip}, {isa}, threads: {threads}, NumPy {numpy}".format(**facts))
+        print(
+            f"roof: {self.roof.bandwidth / 1e9:.1f} GB/s read, {self.roof.peak / 1e9:.0f} GFLOP/s float32 "
+            f"(BLAS on {self.roof.blas_threads:.1f} threads); caches {last_level_cache() / 2**20:.0f} MiB\n"
+        )
+        columns = "op", "case", "isa", "median", "spread", "rate", "of roof", "vs baseline"
+        print(COLUMNS.format(*columns), flush=True)
+
+    def run(self, op: str, case: str, call, *, bytes_moved: float = 0, operations: float = 0, baseline=None) -> None:
+        """Time `call` and `baseline`, the same maths in NumPy, and print the line.
+
+        bytes_moved: weights, inputs and outputs, each once. operations: two a multiply-add.
+        """
+        call()
+        seconds = self._repeat(call, least=3 if self.quick else 7, budget=0.1 if self.quick else 0.7)
+        slow = self._repeat(baseline, least=1, budget=0.05 if self.quick else 0.3) if baseline else []
+        self.report(op, case, seconds, bytes_moved=bytes_moved, operations=operations, baseline_seconds=slow)
+
+    def report(self, op, case, seconds, *, bytes_moved=0, operations=0, tokens=0, baseline_seconds=(), note="") -> None:
+        """Print the line of measured seconds (a list, one a repeat). tokens: of a call, for a rate in tokens/s."""
+        median = statistics.median(seconds)
+        line = {
+            "op": op,
+            "case": case,
+            "isa": ops.isa(),
+            "threads": ops.num_threads(),
+            "median_seconds": median,
+            "spread": _spread(seconds),
+            "bytes_per_second": bytes_moved / median or None,
+            "operations_per_second": operations / median or None,
+            "tokens_per_second": tokens / median or None,
+            "of_roof": self.roof.seconds(bytes_moved, operations) / median or None,
+            "vs_baseline": statistics.median(baseline_seconds) / median if baseline_seconds else None,
+            "note": note or None,
+            "seconds": seconds,
+        }
+        print(json.dumps(line) if self.json_lines else self._row(line), flush=True)
+
+    def _repeat(self, call, least: int, budget: float, most: int = 100) -> list[float]:
+        """Seconds of each call: `least` of them, then more until their sum reaches the budget."""
+        seconds = []
+        while len(seconds) < least or (sum(seconds) < budget and len(seconds) < most):
+            ops.gemm(self._flush_x, self._flush_weight)
+            started = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _row(self, line: dict) -> str:
+        gb, gflop, tokens = (line[f"{unit}_per_second"] or 0.0 for unit in ("bytes", "operations", "tokens"))
+        rates = [_rate(gb / 1e9, "GB/s"), _rate(gflop / 1e9, "GFLOP/s")]
+        if gflop / self.roof.peak > gb / self.roof.bandwidth:
+            rates.reverse()
+        ratio = line["vs_baseline"]
+        return COLUMNS.format(
+            line["op"],
+            line["case"],
+            line["isa"],
+            _time(line["median_seconds"]),
+            f"±{line['spread']:.0%}",
+            ", ".join(filter(None, [_rate(tokens, "tokens/s"), *rates])),
+            f"{line['of_roof']:.0%}" if line["of_roof"] else "-",
+            line["note"] or (f"{ratio:.1f}x numpy" if ratio else "-"),
+        )
+
+
+def _spread(seconds: list[float]) -> float:
+    if len(seconds) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / 2 / statistics.median(seconds)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds / 1e-6:.1f} us"
+
+
+def _rate(value: float, unit: str) -> str:
+    decimals = 0 if value >= 100 else 1 if value >= 1 else 3
+    return f"{value:.{decimals}f} {unit}" if value else ""
+
+
+def _commit() -> str:
+    """git describe, "-dirty" for uncommitted changes; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+def _chip() -> str:
+    """The model name from /proc/cpuinfo, with family and model number where it has them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    name = facts.get("model name", platform.machine())
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
