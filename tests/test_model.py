@@ -168,12 +168,14 @@ def test_bf16_cache(folder, monkeypatch):
         assert_near(prefill(model), expected, FLOAT32)
 
 
+# The second best logit is at least 0.03 standard deviations behind at every step.
+GREEDY = [496, 843, 252, 138, 512, 580, 627, 469, 323, 477, 276, 736]
+GREEDY += [491, 875, 565, 292, 241, 162, 683, 792, 898, 225, 664, 691]
+
+
 def test_greedy_tokens(loaded, isa):
-    tokens = kn.generate_tokens(loaded.model, TOKENS[:20], 24, temperature=0.0, ignore_eos=True)
+    tokens = kn.generate_tokens(loaded.model, TOKENS[50:70], 24, temperature=0.0, ignore_eos=True)
     assert tokens == GREEDY
-
-
-GREEDY = []
 
 
 def test_number_of_threads_changes_no_bit(loaded, isa):
@@ -247,7 +249,7 @@ FREQUENCIES = """
 0.0284279585 0.0182829555 0.01161916 0.00727411965 0.00446584867 0.0026702038 0.00153729669 0.000834655075
 0.000408646069 0.000158374969 1.80702336e-05 1.28860838e-05 9.18920978e-06 6.55292706e-06 4.67296513e-06
 3.33234311e-06 2.37633071e-06 1.69458781e-06 1.20842935e-06 8.61744411e-07 6.14519479e-07 4.38220638e-07
-"""  # float32, printed with nine digits
+"""  # as the published code computes them, in float32 throughout: up to 3 units in the last place off
 
 
 @pytest.fixture
@@ -264,8 +266,8 @@ def test_inverse_frequencies(published):
     assert frequencies.dtype == np.float32
     np.testing.assert_array_max_ulp(frequencies, np.array(FREQUENCIES.split(), np.float32), maxulp=1)
     for config in (published, k2(published), dataclasses.replace(published, rope_scaling=None)):
-        expected = reference.inverse_frequencies(config).astype(np.float32)
-        np.testing.assert_array_max_ulp(model_module.inverse_frequencies(config), expected, maxulp=1)
+        exact = reference.inverse_frequencies(config)
+        assert model_module.inverse_frequencies(config) == pytest.approx(exact, rel=4 * 2**-23)
 
 
 def test_softmax_scale(published):
@@ -299,10 +301,15 @@ def test_bytes_per_token_are_those_of_info(case):
 # Mixed formats, and checkpoints that do not fit
 
 
+def arrays_of(folder):
+    """Full name -> array."""
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint[name] for name in checkpoint.names}
+
+
 def rewritten(folder, target, change):
     """A copy of a checkpoint as one file; change(name -> array) may alter the dict."""
-    tensors = dict(Checkpoint(folder).entries)
-    tensors = {name: Checkpoint(folder)[name] for name in tensors}
+    tensors = arrays_of(folder)
     change(tensors)
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -332,7 +339,7 @@ def replace_module(tensors, module, other):
 )
 def test_each_module_has_its_own_format(folder, bf16_folder, loaded, tmp_path, module):
     """Decided by weight_packed alone; of equal weights come equal logits."""
-    other = {name: Checkpoint(bf16_folder)[name] for name in Checkpoint(bf16_folder).names}
+    other = arrays_of(bf16_folder)
     mixed = rewritten(folder, tmp_path / "mixed", lambda tensors: replace_module(tensors, module, other))
     formats = {name.rpartition(".")[2] for name in Checkpoint(mixed).names if ".mlp.experts." in name}
     assert formats == {"weight", "weight_packed", "weight_scale", "weight_shape"}
@@ -343,11 +350,13 @@ def test_each_module_has_its_own_format(folder, bf16_folder, loaded, tmp_path, m
 
 @pytest.mark.parametrize("expert", [0, 5, 31])
 def test_formats_mixed_inside_a_projection(folder, bf16_folder, tmp_path, expert):
-    other = {name: Checkpoint(bf16_folder)[name] for name in Checkpoint(bf16_folder).names}
+    other = arrays_of(bf16_folder)
     module = f".layers.1.mlp.experts.{expert}.up_proj."
     mixed = rewritten(folder, tmp_path / "mixed", lambda tensors: replace_module(tensors, module, other))
     odd = expert or 1  # expert 0 is the one that the others are compared with
-    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.{odd}\.up_proj: is .*INT4.*bf16|bf16.*INT4"):
+    found, expected = ("bf16", "INT4") if expert else ("INT4", "bf16")
+    name = rf"layers\.1\.mlp\.experts\.{odd}\.up_proj: is {found}, expected the format of expert 0, {expected}"
+    with pytest.raises(CheckpointError, match=name):
         kn.load(mixed)
 
 
@@ -458,10 +467,19 @@ def test_tokenizer_and_template_are_optional(folder, tmp_path):
     assert model.chat_template == "ü{{ messages[0].content }}"
 
 
-def test_progress(folder):
-    seen = []
+def test_progress_of_loading(folder):
+    """First the files, then the layers."""
+    seen, files = [], len(Checkpoint(folder).files)
     kn.load(folder, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(n, files) for n in range(1, files + 1)] + [(1, 3), (2, 3), (3, 3)]
+
+
+def test_progress_of_forward(loaded, monkeypatch):
+    """In tokens times layers."""
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 64)
+    seen, cache = [], loaded.model.new_cache(LENGTH)
+    loaded.model.forward(TOKENS, cache, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 450) for done in (64, 128, 192, 256, 320, 384, 406, 428, 450)]
 
 
 # What forward refuses

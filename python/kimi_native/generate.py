@@ -81,7 +81,7 @@ def iter_tokens(
     """Yield new token ids as they are drawn; a stop id ends the sequence and is not yielded.
 
     cache: continued if given; the part of token_ids that it already holds is not computed again. sampling: fields of
-    SamplingParams. stats is filled in as generation goes on. progress(done, total) follows the prompt.
+    SamplingParams. stats is set anew and filled in as generation goes on. progress(done, total) follows the prompt.
     Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache.
     """
     if max_new_tokens < 1:
@@ -94,7 +94,7 @@ def iter_tokens(
             raise ValueError(f"the prompt has {len(token_ids)} tokens, expected at most the context of {context}")
         cache = model.new_cache(min(context, max(1, len(token_ids) + max_new_tokens)))
     started = time.perf_counter()
-    stats.prompt_tokens = len(token_ids)
+    vars(stats).update(vars(Stats(prompt_tokens=len(token_ids))))
     logits, stats.cached_tokens = prefill(model, token_ids, cache, progress)
     stats.prefill_seconds = time.perf_counter() - started
     yield from _decode(model, logits, cache, max_new_tokens, ignore_eos, stats, Sampler(params, token_ids))

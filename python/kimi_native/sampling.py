@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -31,13 +32,16 @@ class SamplingParams:
     def __post_init__(self):
         checks = {
             "temperature": (0 <= self.temperature < math.inf, "a finite number >= 0"),
-            "top_k": (isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "an integer >= 0"),
+            "top_k": (isinstance(self.top_k, Integral) and 0 <= self.top_k < 2**31, "an integer >= 0"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
             "min_p": (0 <= self.min_p <= 1, "0 <= min_p <= 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number > 0"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "seed": (self.seed is None or self.seed >= 0, "None or an integer >= 0"),
+            "seed": (
+                self.seed is None or (isinstance(self.seed, Integral) and self.seed >= 0),
+                "None or an integer >= 0",
+            ),
         }
         for name, (fits, expected) in checks.items():
             if not fits:
