@@ -1,4 +1,4 @@
-"""The command line: in this process through main([...]), and as `python -m kimi_native` where signals and pipes matter."""
+"""The command line: main([...]) in this process, and `python -m kimi_native` where signals and pipes matter."""
 
 import io
 import json
@@ -420,6 +420,7 @@ def test_chat_message_beyond_the_context(run, model, folder):
 REPLIES = {
     "brackets": "[bold]list[0][/] \\[x]",
     "emoji code": "a :smile: b :warning:",
+    "carriage return": "a\r\nb\rc",
     "tab": "all:\n\tcc -c a.c\n",
     "spaces": "  two  spaces   ",
     "long line": "word " * 60,
@@ -431,7 +432,7 @@ REPLIES = {
 @pytest.mark.parametrize("thinking", [True, False], ids=["reasoning", "content"])
 def test_chat_shows_the_text_as_it_is(run, folder, monkeypatch, name, thinking):
     reply = REPLIES[name]
-    monkeypatch.setattr(cli, "stream_ids", lambda *_, **__: iter(reply))
+    monkeypatch.setattr(cli, "stream_ids", lambda *_, **__: iter([reply]))
     out = talk(run, folder, "Hello", options=[] if thinking else ["--instant"])[1]
     assert out == f"> {reply.rstrip() if thinking else reply}\n> \n"
 
