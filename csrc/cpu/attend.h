@@ -9,7 +9,7 @@
 
 namespace kimi::cpu {
 
-constexpr int kMaxQueries = 32, kKeys = 32, kColumns = 256;  // a panel of kKeys x kColumns floats is 32 KiB
+constexpr int kMaxQueries = 36, kKeys = 32, kColumns = 256;  // a panel of kKeys x kColumns floats is 32 KiB
 
 struct AttentionState {
   float* out[kMaxQueries];     // [value_dim] each: weighted sum of values, not yet divided by `sum`
@@ -25,20 +25,20 @@ inline float log_sum_exp(float maximum, float sum) {
 template <class LoadKey>
 void score_block(const Kernels& k, const float* const* q, int queries, int key_dim, float scale, int64_t j0, int keys,
                  const LoadKey& load_key, float* panel, float* scores) {
-  float tile[kTile * kTile];
+  float tile[kTileT * kTileRows];
   std::fill(scores, scores + queries * kKeys, 0.0f);
   for (int c = 0; c < key_dim; c += kColumns) {
     const int columns = std::min(kColumns, key_dim - c);
     for (int j = 0; j < keys; j++) load_key(j0 + j, c, columns, panel + j * kColumns);
-    for (int i = 0; i < queries; i += kTile) {
-      const int nq = std::min(kTile, queries - i);
-      const float* qs[kTile];
+    for (int i = 0; i < queries; i += kTileT) {
+      const int nq = std::min(kTileT, queries - i);
+      const float* qs[kTileT];
       for (int a = 0; a < nq; a++) qs[a] = q[i + a] + c;
-      for (int j = 0; j < keys; j += kTile) {
-        const int nk = std::min(kTile, keys - j);
+      for (int j = 0; j < keys; j += kTileRows) {
+        const int nk = std::min(kTileRows, keys - j);
         k.dot_f32(qs, nq, panel + j * kColumns, kColumns, nk, columns, tile);
         for (int a = 0; a < nq; a++)
-          for (int b = 0; b < nk; b++) scores[(i + a) * kKeys + j + b] += scale * tile[a * kTile + b];
+          for (int b = 0; b < nk; b++) scores[(i + a) * kKeys + j + b] += scale * tile[a * kTileRows + b];
       }
     }
   }
@@ -77,10 +77,10 @@ void attend(const Kernels& k, const float* const* q, int queries, const int64_t*
     for (int c = 0; c < value_dim; c += kColumns) {
       const int columns = std::min(kColumns, value_dim - c);
       for (int j = 0; j < keys; j++) load_value(j0 + j, c, columns, panel + j * kColumns);
-      for (int i = 0; i < queries; i += kTile) {
-        const int nq = std::min(kTile, queries - i);
-        const float* weights[kTile];
-        float* outs[kTile];
+      for (int i = 0; i < queries; i += kTileT) {
+        const int nq = std::min(kTileT, queries - i);
+        const float* weights[kTileT];
+        float* outs[kTileT];
         for (int a = 0; a < nq; a++) weights[a] = scores + (i + a) * kKeys, outs[a] = s.out[i + a] + c;
         k.add_weighted_rows(weights, nq, panel, kColumns, keys, outs, columns);
       }

@@ -19,10 +19,10 @@ void multiply_transposed(const Kernels& k, const BatchedGemmParams& p, int n, in
     const int rows = std::min(kBlockIn, p.n_in - i);
     for (int r = 0; r < rows; r++)
       k.widen(weight + int64_t(i + r) * p.n_out + begin, panel + r * kBlockOut, end - begin);
-    for (int t = 0; t < p.T; t += kTile) {
-      const int tokens = std::min(kTile, p.T - t);
-      const float* xs[kTile];
-      float* outs[kTile];
+    for (int t = 0; t < p.T; t += kTileT) {
+      const int tokens = std::min(kTileT, p.T - t);
+      const float* xs[kTileT];
+      float* outs[kTileT];
       for (int j = 0; j < tokens; j++)
         xs[j] = x + (t + j) * p.x_stride_t + i, outs[j] = out + (t + j) * p.out_stride_t + begin;
       k.add_weighted_rows(xs, tokens, panel, kBlockOut, rows, outs, end - begin);

@@ -5,8 +5,8 @@
 
 namespace kimi::cpu {
 
-// A tile of dot products is at most kTile tokens by kTile weight rows: tile[t * kTile + r] = x[t] . w[r].
-constexpr int kTile = 4;
+// A tile of dot products is at most kTileT tokens by kTileRows weight rows: tile[t * kTileRows + r] = x[t] . w[r].
+constexpr int kTileT = 6, kTileRows = 4;
 
 struct Kernels {
   const char* name;
@@ -31,7 +31,7 @@ struct Kernels {
   void (*dot_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int k, float* tile);
 
-  // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTile
+  // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTileT
   void (*add_weighted_rows)(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows,
                             float* const* out, int n);
 };

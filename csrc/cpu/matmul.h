@@ -12,7 +12,8 @@
 
 namespace kimi::cpu {
 
-constexpr int kBlockT = 64, kBlockRows = 64, kBlockK = 512;  // the panel is 128 KiB, as is the block of x
+constexpr int kBlockT = 66, kBlockRows = 64, kBlockK = 512;  // each of the two panels is about 130 KiB
+constexpr int kPanelStride = kBlockK + 16;  // not a power of two, so that rows spread over the cache sets
 
 // Weight matrix [out, in] in bf16.
 struct Bf16Matrix {
@@ -55,27 +56,43 @@ void with_expert(const ExpertWeights& w, int e, Body&& body) {
     body(Bf16Matrix{static_cast<const bf16*>(w.weight[e]), w.n_in});
 }
 
-// sums[t * kBlockRows + r] += x[t][begin..begin + n) . W[row + r][begin..begin + n)
+// Adds a tile of products to sums[t * kBlockRows + r].
+inline void add_tile(const float* tile, int tokens, int rows, float* sums) {
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++) sums[t * kBlockRows + r] += tile[t * kTileRows + r];
+}
+
+// sums[t * kBlockRows + r] += x[t][begin..begin + n) . W[row + r][begin..begin + n) for a tile of tokens.
+template <class Matrix>
+void add_direct(const Kernels& k, const float* const* x, int tokens, const Matrix& w, int row, int rows, int begin,
+                int n, float* sums) {
+  float tile[kTileT * kTileRows];
+  const float* xs[kTileT] = {};
+  for (int t = 0; t < tokens; t++) xs[t] = x[t] + begin;
+  for (int r = 0; r < rows; r += kTileRows) {
+    const int nr = std::min(kTileRows, rows - r);
+    w.dot(k, xs, tokens, row + r, nr, begin, n, tile);
+    add_tile(tile, tokens, nr, sums + r);
+  }
+}
+
+// The same for up to kBlockT tokens, by way of two panels: decoded weights and copied x. Rows of x lie pages apart, too
+// many for the processor's table of pages.
 template <class Matrix>
 void add_block(const Kernels& k, const float* const* x, int tokens, const Matrix& w, int row, int rows, int begin,
                int n, float* sums) {
-  float tile[kTile * kTile];
-  alignas(64) float panel[kBlockRows * kBlockK];
-  const bool direct = tokens <= kTile;
-  if (!direct)
-    for (int r = 0; r < rows; r++) w.decode(k, row + r, begin, n, panel + r * kBlockK);
-  for (int t = 0; t < tokens; t += kTile) {
-    const int nt = std::min(kTile, tokens - t);
-    const float* xs[kTile];
-    for (int i = 0; i < nt; i++) xs[i] = x[t + i] + begin;
-    for (int r = 0; r < rows; r += kTile) {
-      const int nr = std::min(kTile, rows - r);
-      if (direct)
-        w.dot(k, xs, nt, row + r, nr, begin, n, tile);
-      else
-        k.dot_f32(xs, nt, panel + r * kBlockK, kBlockK, nr, n, tile);
-      for (int i = 0; i < nt; i++)
-        for (int j = 0; j < nr; j++) sums[(t + i) * kBlockRows + r + j] += tile[i * kTile + j];
+  alignas(64) float w_panel[kBlockRows * kPanelStride], x_panel[kBlockT * kPanelStride];
+  for (int r = 0; r < rows; r++) w.decode(k, row + r, begin, n, w_panel + r * kPanelStride);
+  for (int t = 0; t < tokens; t++) std::copy_n(x[t] + begin, n, x_panel + t * kPanelStride);
+  float tile[kTileT * kTileRows];
+  for (int t = 0; t < tokens; t += kTileT) {
+    const int nt = std::min(kTileT, tokens - t);
+    const float* xs[kTileT] = {};
+    for (int i = 0; i < nt; i++) xs[i] = x_panel + (t + i) * kPanelStride;
+    for (int r = 0; r < rows; r += kTileRows) {
+      const int nr = std::min(kTileRows, rows - r);
+      k.dot_f32(xs, nt, w_panel + r * kPanelStride, kPanelStride, nr, n, tile);
+      add_tile(tile, nt, nr, sums + t * kBlockRows + r);
     }
   }
 }
@@ -85,8 +102,9 @@ template <class Matrix>
 void matmul_block(const Kernels& k, const float* const* x, int tokens, const Matrix& w, int row, int rows,
                   float* sums) {
   std::fill(sums, sums + tokens * kBlockRows, 0.0f);
+  const auto add = tokens <= kTileT ? add_direct<Matrix> : add_block<Matrix>;
   for (int begin = 0; begin < w.n_in; begin += kBlockK)
-    add_block(k, x, tokens, w, row, rows, begin, std::min(kBlockK, w.n_in - begin), sums);
+    add(k, x, tokens, w, row, rows, begin, std::min(kBlockK, w.n_in - begin), sums);
 }
 
 // out[t][row..row + rows) = x[t] . W for consecutive tokens, block by block. x and out are strided rows.

@@ -234,7 +234,7 @@ void dot_block(const float* const* x, const Rows& rows, int k, float* tile) {
     for (int r = 0; r < kRows; r++) {
       float sum = sum_lanes(sums[t][r]);
       for (int j = i; j < k; j++) sum += x[t][j] * rows.at(r, j);
-      tile[t * kTile + r] = sum;
+      tile[t * kTileRows + r] = sum;
     }
 }
 
@@ -244,7 +244,7 @@ Int4Rows skip(const Int4Rows& rows, int r) {
   return {rows.w + r * rows.stride, rows.stride, rows.scale + r * rows.scale_stride, rows.scale_stride};
 }
 
-// 3 or 4 tokens take two rows at a time, so that accumulators and operands fit the 16 registers.
+// 3 to 6 tokens take two rows at a time, so that accumulators and operands fit the 16 registers.
 template <int kTokens, class Rows>
 void dot_tokens(const float* const* x, const Rows& rows, int count, int k, float* tile) {
   constexpr int kRows = kTokens > 2 ? 2 : 4;
@@ -255,6 +255,8 @@ void dot_tokens(const float* const* x, const Rows& rows, int count, int k, float
 
 template <class Rows>
 void dot(const float* const* x, int tokens, const Rows& rows, int count, int k, float* tile) {
+  if (tokens == 6) return dot_tokens<6>(x, rows, count, k, tile);
+  if (tokens == 5) return dot_tokens<5>(x, rows, count, k, tile);
   if (tokens == 4) return dot_tokens<4>(x, rows, count, k, tile);
   if (tokens == 3) return dot_tokens<3>(x, rows, count, k, tile);
   if (tokens == 2) return dot_tokens<2>(x, rows, count, k, tile);
@@ -297,8 +299,10 @@ void add_rows(const float* const* p, const float* v, int64_t v_stride, int rows,
 
 void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
                        int n) {
-  if (tokens == 4) return add_rows<4>(p, v, v_stride, rows, out, n);
-  for (int t = 0; t < tokens; t++) add_rows<1>(p + t, v, v_stride, rows, out + t, n);
+  if (tokens == 6) return add_rows<6>(p, v, v_stride, rows, out, n);
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) add_rows<4>(p + t, v, v_stride, rows, out + t, n);
+  for (; t < tokens; t++) add_rows<1>(p + t, v, v_stride, rows, out + t, n);
 }
 
 }  // namespace

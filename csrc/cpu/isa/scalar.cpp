@@ -70,7 +70,7 @@ void dot(const float* const* x, int tokens, int rows, int k, float* tile, Weight
     for (int r = 0; r < rows; r++) {
       float sum = 0;
       for (int i = 0; i < k; i++) sum += x[t][i] * weight(r, i);
-      tile[t * kTile + r] = sum;
+      tile[t * kTileRows + r] = sum;
     }
 }
 
