@@ -159,6 +159,13 @@ def test_stop_string_inside_one_token(tokenizer, im_end):
     assert len(model.inputs) == 2, "nothing is computed after the stop string"
 
 
+def test_the_earliest_of_several_stop_strings_in_one_token(tokenizer):
+    model = Scripted(tokenizer, [tokenizer.special_tokens["<|im_middle|>"]])
+    for stop in (["middle", "im", "|>"], ["|>", "im", "middle"]):
+        model.inputs.clear()
+        assert "".join(stream_ids(model, [1], stop=stop)) == "<|"
+
+
 def test_stop_string_made_of_special_tokens(tokenizer, im_end):
     model = Scripted(tokenizer, [*tokenizer.encode("hm"), tokenizer.special_tokens["</think>"], *tokenizer.encode("a")])
     assert "".join(stream_ids(model, [1], stop=["</think>"])) == "hm"

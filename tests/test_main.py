@@ -316,7 +316,7 @@ def test_info_lists_what_is_missing(run, folder, tmp_path, monkeypatch):
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     status, out, err = run("info", copy)
     assert status == 0
-    assert re.search(r"missing +1\n +language_model\.model\.norm\.weight", out)
+    assert re.search(r"missing +1 *\n +language_model\.model\.norm\.weight", out)
 
 
 def test_make_tiny(run, tmp_path):
@@ -420,7 +420,6 @@ def test_chat_message_beyond_the_context(run, model, folder):
 REPLIES = {
     "brackets": "[bold]list[0][/] \\[x]",
     "emoji code": "a :smile: b :warning:",
-    "carriage return": "a\r\nb\rc",
     "tab": "all:\n\tcc -c a.c\n",
     "spaces": "  two  spaces   ",
     "long line": "word " * 60,

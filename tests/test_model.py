@@ -137,6 +137,20 @@ def test_prefill_in_chunks(loaded, monkeypatch, prefill_chunk):
     assert cache.token_ids == TOKENS
 
 
+def test_long_context(loaded):
+    """Past PREFILL_CHUNK and KEY_CHUNK as they are, and past the first rope table."""
+    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 600).tolist()
+    assert len(tokens) > max(model_module.PREFILL_CHUNK, model_module.KEY_CHUNK)
+    expected = expected_logits(loaded.folder, loaded.model.config, tokens)
+    model = kn.load(loaded.folder, cache_dtype="float32")  # with no rope table yet
+    cache = model.new_cache(len(tokens))
+    pieces = [
+        model.forward(tokens[start:stop], cache) for start, stop in ((0, 250), (250, 258), (258, 599), (599, 600))
+    ]
+    assert_near(np.concatenate(pieces), expected)
+    assert_near(prefill(model, tokens), expected)
+
+
 def test_the_chosen_form_costs_fewer_multiplications():
     """Counted for one head of the published model: expanding a row costs 256 x 512, a score 320 or 1088."""
     config = Config.from_dict(published_config()).text_config

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kimi_native import chat, ops
-from kimi_native.generate import Stats, encode_prompt, stream, stream_ids
+from kimi_native.generate import Stats, check_limits, encode_prompt, stream, stream_ids
 from kimi_native.info import describe, show
 from kimi_native.make_tiny import PRESETS, make_tiny
 from kimi_native.model import Model
+from kimi_native.sampling import SamplingParams
 
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
-OUT = Console(highlight=False, soft_wrap=True)
 
 CHAT_HELP = """/clear     forget the conversation
 /think     reason before answering (the model's default)
@@ -41,7 +41,8 @@ def progress_bar(label: str):
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +161,10 @@ def prompt_bar(start):
 
 
 def run_chat(args) -> None:
+    SamplingParams(**sampling_options(args))
+    check_limits(args.max_new_tokens, args.stop)
     model = load(args)
+    encode_prompt(model, "")  # refuses a checkpoint without a tokenizer
     context = min(args.context, model.config.text_config.max_position_embeddings)
     session = Session(model, model.new_cache(context), args)
     ERR.print(
@@ -241,11 +245,11 @@ class Session:
         for event in events:
             reply.add(event)
             if isinstance(event, chat.ToolCall):
-                OUT.print(f"[{event.name} {event.arguments}]", style="yellow", markup=False)
-                continue
-            style = "dim" if event.kind == "reasoning_content" else None
-            OUT.print(event.text, end="", style=style, markup=False)
-            OUT.file.flush()
+                print(f"[{event.name} {event.arguments}]")
+            elif event.kind == "reasoning_content" and sys.stdout.isatty():
+                print(f"\033[2m{event.text}\033[0m", end="", flush=True)
+            else:
+                print(event.text, end="", flush=True)
 
 
 def run_info(args) -> None:

@@ -40,6 +40,14 @@ def _rate(amount: float, seconds: float) -> str:
     return f"{amount / seconds:.2f}" if seconds > 0 else "-"
 
 
+def check_limits(max_new_tokens: int, stop: Iterable[str] = ()) -> None:
+    """Raises ValueError for a length below 1 or an empty stop string."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if not all(stop):
+        raise ValueError("stop holds an empty string, expected non-empty strings")
+
+
 def stop_ids(model: Model) -> set[int]:
     """Ids that end a reply: the config's eos and the tokenizer's end-of-turn tokens."""
     special = model.tokenizer.special_tokens if model.tokenizer else {}
@@ -84,8 +92,7 @@ def iter_tokens(
     SamplingParams. stats is set anew and filled in as generation goes on. progress(done, total) follows the prompt.
     Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_limits(max_new_tokens)
     params = SamplingParams(**sampling)
     token_ids, stats = list(token_ids), stats or Stats()
     if cache is None:
@@ -166,8 +173,7 @@ def stream(
 def stream_ids(model: Model, token_ids, max_new_tokens: int = 256, *, stop: Iterable[str] = (), **options):
     """stream() for a prompt of token ids."""
     stop = [stop] if isinstance(stop, str) else list(stop)
-    if not all(stop):
-        raise ValueError("stop holds an empty string, expected non-empty strings")
+    check_limits(max_new_tokens, stop)
     options["stats"] = stats = options.get("stats") or Stats()
     decoder, held = model.tokenizer.stream(), ""
     for token in iter_tokens(model, token_ids, max_new_tokens, **options):
