@@ -15,7 +15,7 @@ from kimi_native.make_tiny import PRESETS, make_tiny
 from kimi_native.model import Model
 from kimi_native.sampling import SamplingParams
 
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+ERR = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 CHAT_HELP = """/clear     forget the conversation
 /think     reason before answering (the model's default)
@@ -220,7 +220,7 @@ class Session:
         except KeyboardInterrupt:
             ERR.print("(stopped)", style="dim")
         except ValueError as error:
-            ERR.print(f"{error}. /clear starts anew; --context sets the room.", style="red", markup=False)
+            ERR.print(f"{error}. /clear starts anew; --context sets the room.", style="red")
             return
         self._show(parser.finish(), reply)
         print()
