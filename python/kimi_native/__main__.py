@@ -146,7 +146,7 @@ def run_generate(args) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        stats.finish_reason = "interrupted"
+        pass  # what was said so far stands, and the summary says what it took
     print(flush=True)
     ERR.print(stats.summary(), style="dim")
 
