@@ -1,27 +1,41 @@
-"""Fixtures: `isa` repeats a test on each instruction set, `rng` is seeded by the name of the test."""
+"""Fixtures: `on` repeats a test of an op on every backend, `isa` a test on each instruction set, `rng` is seeded by the
+name of the test.
 
-import os
+Backends: the instruction sets of this CPU; the CUDA kernels in the emulator, their threads in several orders, where the
+extension _E is built; the CUDA kernels on a GPU where there is one. The report's header names them.
+"""
+
 import zlib
 
 import numpy as np
 import pytest
+from backends import backends, instruction_sets
 
 
-def instruction_sets():
-    """The names to test: what the machine has, or only KIMI_ISA where that is set."""
-    from kimi_native import ops
-
-    forced = os.environ.get("KIMI_ISA")
-    return [forced] if forced else ops.available_isas()
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs on a GPU")
 
 
 def pytest_report_header():
-    return f"instruction sets under test: {', '.join(instruction_sets())}"
+    return f"backends under test: {', '.join(backends())}"
 
 
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", instruction_sets(), indirect=True)
+    if "on" in metafunc.fixturenames:
+        marks = {"cuda": [pytest.mark.cuda]}
+        metafunc.parametrize("on", [pytest.param(b, id=n, marks=marks.get(n, [])) for n, b in backends().items()])
+
+
+@pytest.fixture(autouse=True)
+def _backend(request):
+    """Puts the kernels of `on` in place for the test."""
+    if "on" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("on").active():
+        yield
 
 
 @pytest.fixture

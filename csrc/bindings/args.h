@@ -4,6 +4,7 @@
 #include <climits>
 #include <string>
 
+#include "bindings/dispatch.h"
 #include "bindings/tensor_caster.h"
 #include "core/check.h"
 
@@ -31,7 +32,9 @@ inline const char* name_of(DType dtype) {
 
 class Args {
  public:
-  explicit Args(const char* op) : op_(op) {}
+  Args(const char* op, Device device, int device_index = 0) : op_(op), device_(device), device_index_(device_index) {}
+  Args(const char* op, const OnCpu&) : Args(op, Device::Cpu) {}
+  Args(const char* op, const OnCuda& on) : Args(op, Device::Cuda, on.device_index) {}
 
   // C-contiguous array. T is const for inputs; otherwise the array must be writable.
   template <class T, class... Dims>
@@ -59,11 +62,20 @@ class Args {
   }
 
   void check_dtype(const char* name, const Tensor& t, DType expected) const {
-    check_type(t.dtype == expected, op_, ": ", name, " is ", type_of(t), ", expected a NumPy array of ",
-               name_of(expected));
+    check_type(t.dtype == expected, op_, ": ", name, " is ", type_of(t), ", expected a ", library(device_),
+               " array of ", name_of(expected));
+    check_place(name, t.device, t.device_index);
+  }
+
+  // All arrays of a call live in one place, that of the first.
+  void check_place(const char* name, Device device, int index) const {
+    check_type(device == device_, op_, ": ", name, " is a ", library(device), " array, expected a ", library(device_),
+               " array like the first argument");
+    check(index == device_index_, op_, ": ", name, " is on GPU ", index, ", expected GPU ", device_index_);
   }
 
   const char* op() const { return op_; }
+  static const char* library(Device device) { return device == Device::Cpu ? "NumPy" : "CuPy"; }
   static const char* type_of(const Tensor& t) { return t.dtype == DType::Other ? t.type_name : name_of(t.dtype); }
 
   // An output must not share memory with an input that is read after the output is begun.
@@ -80,6 +92,8 @@ class Args {
 
  private:
   const char* op_;
+  Device device_;
+  int device_index_;
 
   static bool empty(const Tensor& t) {
     for (int i = 0; i < t.ndim; i++)

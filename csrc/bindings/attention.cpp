@@ -4,7 +4,6 @@
 #include <optional>
 
 #include "bindings/args.h"
-#include "bindings/dispatch.h"
 #include "bindings/register.h"
 #include "ops/append_mla_cache.h"
 #include "ops/mla_decode.h"
@@ -14,53 +13,96 @@
 namespace kimi {
 namespace {
 
-void rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor out) {
-  const Args a("rope");
+// What lies on the GPU is not read here: there, kernels turn an index out of range into NaN or skip it.
+void check_positions(const Args& a, const int32_t* positions, int T, int P) {
+  for (int t = 0; t < T; t++)
+    a.require(positions[t] >= 0 && positions[t] < P, "positions[", t, "] is ", positions[t],
+              ", expected 0 <= position < ", P);
+}
+
+void check_slots(const Args& a, const int64_t* slots, int T, int64_t num_slots) {
+  for (int t = 0; t < T; t++)
+    a.require(slots[t] >= 0 && slots[t] < num_slots, "slots[", t, "] is ", slots[t], ", expected 0 <= slot < ",
+              num_slots);
+}
+
+template <class On>
+void rope(On on, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor out) {
+  using Activation = typename On::Activation;
+  const Args a("rope", on);
   Dim T{"T"}, N{"N"}, R{"R"}, P{"P"};
-  RopeParams p{};
-  p.x = a.strided<const float>("x", x, T, N, R);
+  RopeParams<Activation> p{};
+  p.x = a.strided<const Activation>("x", x, T, N, R);
   a.require(R.size % 2 == 0, "the last axis of x has ", R.size, " elements, expected an even number");
   Dim half{"R / 2", R.size / 2};
   p.cos = a.dense<const float>("cos", cos, P, half);
   p.sin = a.dense<const float>("sin", sin, P, half);
   p.positions = a.dense<const int32_t>("positions", positions, T);
-  for (int t = 0; t < T; t++)
-    a.require(p.positions[t] >= 0 && p.positions[t] < P, "positions[", t, "] is ", p.positions[t],
-              ", expected 0 <= position < ", P.size);
-  p.out = a.strided<float>("out", out, T, N, R);
+  if constexpr (kOnCpu<On>) check_positions(a, p.positions, T, P);
+  p.out = a.strided<Activation>("out", out, T, N, R);
   p.x_stride_t = x.stride[0], p.x_stride_n = x.stride[1];
   p.out_stride_t = out.stride[0], p.out_stride_n = out.stride[1];
-  p.T = T, p.N = N, p.R = R;
-  run(cpu::rope, p);
+  p.T = T, p.N = N, p.R = R, p.P = P;
+  KIMI_RUN(on, rope, p);
 }
 
-// The latent cache [pages, page_size, C + R] in either of its dtypes; Void is const for reading.
-template <class Void>
+// The latent cache [pages, page_size, C + R] in either of its dtypes, bf16 alone on the GPU; Void is const for reading.
+template <class On, class Void>
 Void* cache_data(const Args& a, const Tensor& cache, Dim& pages, Dim& page_size, Dim& width) {
   constexpr bool kRead = std::is_const_v<Void>;
   using Float = std::conditional_t<kRead, const float, float>;
   using Bf16 = std::conditional_t<kRead, const bf16, bf16>;
-  if (cache.dtype == DType::F32) return a.dense<Float>("cache", cache, pages, page_size, width);
-  check_type(cache.dtype == DType::BF16, a.op(), ": cache is ", a.type_of(cache), ", expected bfloat16 or float32");
+  if (kOnCpu<On> && cache.dtype == DType::F32) return a.dense<Float>("cache", cache, pages, page_size, width);
+  check_type(cache.dtype == DType::BF16, a.op(), ": cache is ", a.type_of(cache), ", expected bfloat16",
+             kOnCpu<On> ? " or float32" : "");
   return a.dense<Bf16>("cache", cache, pages, page_size, width);
 }
 
-void append_mla_cache(Tensor latent, Tensor k_pe, Tensor cache, Tensor slots) {
-  const Args a("append_mla_cache");
+template <class On>
+void append_mla_cache(On on, Tensor latent, Tensor k_pe, Tensor cache, Tensor slots) {
+  using Activation = typename On::Activation;
+  const Args a("append_mla_cache", on);
   Dim T{"T"}, C{"C"}, R{"R"}, pages{"pages"}, page_size{"page_size"};
-  AppendMlaCacheParams p{};
-  p.latent = a.strided<const float>("latent", latent, T, C);
-  p.k_pe = a.strided<const float>("k_pe", k_pe, T, R);
+  AppendMlaCacheParams<Activation> p{};
+  p.latent = a.strided<const Activation>("latent", latent, T, C);
+  p.k_pe = a.strided<const Activation>("k_pe", k_pe, T, R);
   Dim width{"C + R", C.size + R.size};
-  p.cache = cache_data<void>(a, cache, pages, page_size, width);
+  p.cache = cache_data<On, void>(a, cache, pages, page_size, width);
   p.slots = a.dense<const int64_t>("slots", slots, T);
-  for (int t = 0; t < T; t++)
-    a.require(p.slots[t] >= 0 && p.slots[t] < pages.size * page_size.size, "slots[", t, "] is ", p.slots[t],
-              ", expected 0 <= slot < ", pages.size * page_size.size);
+  p.num_slots = pages.size * page_size.size;
+  if constexpr (kOnCpu<On>) check_slots(a, p.slots, T, p.num_slots);
   p.latent_stride = latent.stride[0], p.k_pe_stride = k_pe.stride[0];
   p.cache_dtype = cache.dtype;
   p.T = T, p.C = C, p.R = R;
-  run(cpu::append_mla_cache, p);
+  KIMI_RUN(on, append_mla_cache, p);
+}
+
+template <class On>
+void fused_append_mla_cache(On on, Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor cache,
+                            Tensor slots, float eps) {
+  using Activation = typename On::Activation;
+  const Args a("fused_append_mla_cache", on);
+  Dim T{"T"}, C{"C"}, P{"P"}, width{"C + R"}, pages{"pages"}, page_size{"page_size"};
+  FusedAppendMlaCacheParams<Activation> p{};
+  p.kv = a.strided<const Activation>("kv", kv, T, width);
+  p.weight = a.dense<const bf16>("weight", weight, C);
+  const int64_t R = width.size - C.size;
+  a.require(R >= 0 && R % 2 == 0, "kv has C + R = ", width.size, ", weight has C = ", C.size,
+            ", expected an even R >= 0");
+  Dim half{"R / 2", R / 2};
+  p.cos = a.dense<const float>("cos", cos, P, half);
+  p.sin = a.dense<const float>("sin", sin, P, half);
+  p.positions = a.dense<const int32_t>("positions", positions, T);
+  p.cache = cache_data<On, void>(a, cache, pages, page_size, width);
+  p.slots = a.dense<const int64_t>("slots", slots, T);
+  p.num_slots = pages.size * page_size.size;
+  if constexpr (kOnCpu<On>) {
+    check_positions(a, p.positions, T, P);
+    check_slots(a, p.slots, T, p.num_slots);
+  }
+  p.kv_stride = kv.stride[0], p.cache_dtype = cache.dtype;
+  p.T = T, p.C = C, p.R = int(R), p.P = P, p.eps = eps;
+  KIMI_RUN(on, fused_append_mla_cache, p);
 }
 
 // cu_seqlens starts at 0, never falls and ends at `total`.
@@ -71,14 +113,16 @@ void check_cu_seqlens(const Args& a, const char* name, const int32_t* cu_seqlens
   a.require(cu_seqlens[B] == total, name, " ends at ", cu_seqlens[B], ", expected ", total);
 }
 
-void mla_prefill(Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor causal_offsets,
-                 Tensor out, Tensor lse, float scale, bool continue_state) {
-  const Args a("mla_prefill");
+template <class On>
+void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                 Tensor causal_offsets, Tensor out, Tensor lse, float scale, bool continue_state) {
+  using Activation = typename On::Activation;
+  const Args a("mla_prefill", on);
   Dim T{"T"}, S{"S"}, N{"N"}, key_dim{"Dn + R"}, R{"R"}, kv_dim{"Dn + Dv"}, B1{"B + 1"};
-  MlaPrefillParams p{};
-  p.q = a.strided<const float>("q", q, T, N, key_dim);
-  p.kv = a.strided<const float>("kv", kv, S, N, kv_dim);
-  p.k_pe = a.strided<const float>("k_pe", k_pe, S, R);
+  MlaPrefillParams<Activation> p{};
+  p.q = a.strided<const Activation>("q", q, T, N, key_dim);
+  p.kv = a.strided<const Activation>("kv", kv, S, N, kv_dim);
+  p.k_pe = a.strided<const Activation>("k_pe", k_pe, S, R);
   const int64_t Dn = key_dim.size - R.size;
   a.require(Dn >= 1 && kv_dim.size > Dn, "q has Dn + R = ", key_dim.size, ", k_pe has R = ", R.size,
             ", kv has Dn + Dv = ", kv_dim.size, ", expected Dn >= 1 and Dv >= 1");
@@ -88,63 +132,75 @@ void mla_prefill(Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor c
   Dim B{"B", B1.size - 1};
   p.cu_seqlens_k = a.dense<const int32_t>("cu_seqlens_k", cu_seqlens_k, B1);
   p.causal_offsets = a.dense<const int32_t>("causal_offsets", causal_offsets, B);
-  check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
-  check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
-  p.out = a.dense<float>("out", out, T, N, Dv);
+  if constexpr (kOnCpu<On>) {
+    check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
+    check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
+  }
+  p.out = a.dense<Activation>("out", out, T, N, Dv);
   p.lse = a.dense<float>("lse", lse, T, N);
   p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
   p.kv_stride_s = kv.stride[0], p.kv_stride_n = kv.stride[1], p.k_pe_stride = k_pe.stride[0];
   p.B = B, p.T = T, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv;
   p.scale = scale, p.continue_state = continue_state;
-  run(cpu::mla_prefill, p);
+  KIMI_RUN(on, mla_prefill, p);
 }
 
 // The pages that hold a sequence's tokens must exist; entries behind them are never read.
-void check_pages(const Args& a, const MlaDecodeParams& p, int64_t pages) {
+void check_pages(const Args& a, const MlaDecodeParams<float>& p) {
   for (int b = 0; b < p.B; b++) {
     const int64_t used = (int64_t(p.seq_lens[b]) + p.page_size - 1) / std::max(1, p.page_size);
     a.require(p.seq_lens[b] >= 0 && used <= p.max_pages && (p.page_size > 0 || p.seq_lens[b] == 0), "seq_lens[", b,
               "] is ", p.seq_lens[b], ", expected 0 to ", int64_t(p.max_pages) * p.page_size);
     for (int64_t i = 0; i < used; i++) {
       const int32_t page = p.page_table[int64_t(b) * p.max_pages + i];
-      a.require(page >= 0 && page < pages, "page_table[", b, ", ", i, "] is ", page, ", expected 0 <= page < ", pages);
+      a.require(page >= 0 && page < p.pages, "page_table[", b, ", ", i, "] is ", page, ", expected 0 <= page < ",
+                p.pages);
     }
   }
 }
 
 // workspace None: returns the number of floats it must hold.
-size_t mla_decode(Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, Tensor out, Tensor lse,
+template <class On>
+size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, Tensor out, Tensor lse,
                   std::optional<Tensor> workspace, float scale) {
-  const Args a("mla_decode");
-  Dim B{"B"}, N{"N"}, C{"kv_lora_rank"}, width{"C + R"}, pages{"pages"}, page_size{"page_size"}, max_pages{"max_pages"};
-  MlaDecodeParams p{};
-  p.q = a.dense<const float>("q", q, B, N, width);
-  p.cache = cache_data<const void>(a, cache, pages, page_size, width);
+  using Activation = typename On::Activation;
+  const Args a("mla_decode", on);
+  Dim B{"B"}, Q{"Q"}, N{"N"}, C{"kv_lora_rank"}, width{"C + R"}, pages{"pages"}, page_size{"page_size"},
+      max_pages{"max_pages"};
+  MlaDecodeParams<Activation> p{};
+  p.q = a.dense<const Activation>("q", q, B, Q, N, width);
+  p.cache = cache_data<On, const void>(a, cache, pages, page_size, width);
   p.page_table = a.dense<const int32_t>("page_table", page_table, B, max_pages);
   p.seq_lens = a.dense<const int32_t>("seq_lens", seq_lens, B);
-  p.out = a.dense<float>("out", out, B, N, C);
+  p.out = a.dense<Activation>("out", out, B, Q, N, C);
   a.require(C.size >= 1 && C.size <= width.size, "kv_lora_rank is ", C.size, ", expected 1 to the cache's width ",
             width.size);
-  p.lse = a.dense<float>("lse", lse, B, N);
+  p.lse = a.dense<float>("lse", lse, B, Q, N);
   p.cache_dtype = cache.dtype;
-  p.B = B, p.N = N, p.C = C, p.R = int(width.size - C.size), p.page_size = page_size, p.max_pages = max_pages;
+  p.B = B, p.Q = Q, p.N = N, p.C = C, p.R = int(width.size - C.size);
+  p.pages = pages, p.page_size = page_size, p.max_pages = max_pages;
   p.scale = scale;
-  check_pages(a, p, pages.size);
-  for (int b = 0; b < p.B; b++) p.max_seq_len = std::max(p.max_seq_len, int(p.seq_lens[b]));
-  Dim floats{"floats", int64_t(mla_decode_workspace(p))};
+  if constexpr (kOnCpu<On>) {
+    check_pages(a, p);
+    for (int b = 0; b < p.B; b++) p.max_seq_len = std::max(p.max_seq_len, int(p.seq_lens[b]));
+  } else {
+    p.max_seq_len = int(std::min<int64_t>(INT_MAX, max_pages.size * page_size.size));
+  }
+  Dim floats{"floats", int64_t(KIMI_WORKSPACE(mla_decode, p))};
   if (!workspace) return size_t(floats.size);
   p.workspace = a.dense<float>("workspace", *workspace, floats);
-  run(cpu::mla_decode, p);
+  KIMI_RUN(on, mla_decode, p);
   return 0;
 }
 
 }  // namespace
 
 void register_attention(nb::module_& m) {
-  define(m, "rope", &rope);
-  define(m, "append_mla_cache", &append_mla_cache);
-  define(m, "mla_prefill", &mla_prefill);
-  define(m, "mla_decode", &mla_decode);
+  KIMI_DEFINE_CPU(m, rope);
+  KIMI_DEFINE_CPU(m, append_mla_cache);
+  KIMI_DEFINE_CPU(m, fused_append_mla_cache);
+  KIMI_DEFINE_CPU(m, mla_prefill);
+  KIMI_DEFINE_CPU(m, mla_decode);
 }
 
 }  // namespace kimi

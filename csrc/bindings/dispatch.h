@@ -1,13 +1,48 @@
-// Runs an op on the CPU without the GIL, so that other Python threads go on.
+// Runs an op where its arrays live: on the CPU without the GIL, on the GPU in order with the stream it is given.
+//
+// A binding is a template over the backend, `template <class On> void op(On on, Tensor...)`: the activations it expects
+// are On::Activation. It checks, fills the struct and ends in KIMI_RUN(on, op, params).
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <string>
+#include <type_traits>
+
+#include "core/stream.h"
+#include "core/tensor.h"
+
 namespace kimi {
 
-template <class Params>
-void run(void (*op)(const Params&), const Params& params) {
-  nanobind::gil_scoped_release release;
-  op(params);
-}
+struct OnCpu {
+  using Activation = float;
+};
+
+struct OnCuda {
+  using Activation = bf16;
+  Stream stream;
+  int device_index;
+};
+
+template <class On>
+constexpr bool kOnCpu = std::is_same_v<On, OnCpu>;
 
 }  // namespace kimi
+
+#define KIMI_RUN(on, op, params)              \
+  do {                                        \
+    if constexpr (kOnCpu<On>) {               \
+      ::nanobind::gil_scoped_release release; \
+      cpu::op(params);                        \
+    } else {                                  \
+      cuda::op(params, on.stream);            \
+    }                                         \
+  } while (0)
+
+// The floats that the op wants as workspace.
+#define KIMI_WORKSPACE(op, params)         \
+  [&] {                                    \
+    if constexpr (kOnCpu<On>)              \
+      return cpu::op##_workspace(params);  \
+    else                                   \
+      return cuda::op##_workspace(params); \
+  }()

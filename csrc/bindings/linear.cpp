@@ -1,5 +1,4 @@
 #include "bindings/args.h"
-#include "bindings/dispatch.h"
 #include "bindings/register.h"
 #include "ops/batched_gemm.h"
 #include "ops/dequantize_int4.h"
@@ -10,8 +9,9 @@
 namespace kimi {
 namespace {
 
-void gemm(Tensor x, Tensor weight, Tensor out) {
-  const Args a("gemm");
+template <class On>
+void gemm(On on, Tensor x, Tensor weight, Tensor out) {
+  const Args a("gemm", on);
   Dim T{"T"}, in{"in"}, n_out{"out"};
   GemmParams p{};
   p.x = a.strided<const float>("x", x, T, in);
@@ -20,11 +20,13 @@ void gemm(Tensor x, Tensor weight, Tensor out) {
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.n_in = in, p.n_out = n_out;
-  run(cpu::gemm, p);
+  nb::gil_scoped_release release;
+  cpu::gemm(p);
 }
 
-void batched_gemm(Tensor x, Tensor weight, Tensor out, bool transpose_weight) {
-  const Args a("batched_gemm");
+template <class On>
+void batched_gemm(On on, Tensor x, Tensor weight, Tensor out, bool transpose_weight) {
+  const Args a("batched_gemm", on);
   Dim T{"T"}, N{"N"}, in{"in"}, n_out{"out"};
   BatchedGemmParams p{};
   p.x = a.strided<const float>("x", x, T, N, in);
@@ -36,7 +38,8 @@ void batched_gemm(Tensor x, Tensor weight, Tensor out, bool transpose_weight) {
   p.weight_stride_n = weight.stride[0];
   p.out_stride_t = out.stride[0], p.out_stride_n = out.stride[1];
   p.T = T, p.N = N, p.n_in = in, p.n_out = n_out, p.transpose_weight = transpose_weight;
-  run(cpu::batched_gemm, p);
+  nb::gil_scoped_release release;
+  cpu::batched_gemm(p);
 }
 
 // Binds in / 8 or in / 32 to the `in` of argument `name`, which must be a whole number of groups.
@@ -45,23 +48,26 @@ Dim part_of(const Args& a, const char* name, const Dim& in, int divisor) {
   return {"in / " + std::to_string(divisor), in.size / divisor};
 }
 
-void gemm_int4(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor out) {
-  const Args a("gemm_int4");
+template <class On>
+void gemm_int4(On on, Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor out) {
+  using Activation = typename On::Activation;
+  const Args a("gemm_int4", on);
   Dim T{"T"}, in{"in"}, n_out{"out"};
-  GemmInt4Params p{};
-  p.x = a.strided<const float>("x", x, T, in);
+  GemmInt4Params<Activation> p{};
+  p.x = a.strided<const Activation>("x", x, T, in);
   Dim words = part_of(a, "x", in, 8), groups = part_of(a, "x", in, kInt4Group);
   p.weight_packed = a.dense<const int32_t>("weight_packed", weight_packed, n_out, words);
   p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
-  p.out = a.strided<float>("out", out, T, n_out);
+  p.out = a.strided<Activation>("out", out, T, n_out);
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.n_in = in, p.n_out = n_out;
-  run(cpu::gemm_int4, p);
+  KIMI_RUN(on, gemm_int4, p);
 }
 
-void dequantize_int4(Tensor weight_packed, Tensor weight_scale, Tensor out) {
-  const Args a("dequantize_int4");
+template <class On>
+void dequantize_int4(On on, Tensor weight_packed, Tensor weight_scale, Tensor out) {
+  const Args a("dequantize_int4", on);
   Dim n_out{"out"}, in{"in"};
   DequantizeInt4Params p{};
   p.out = a.dense<bf16>("out", out, n_out, in);
@@ -69,11 +75,12 @@ void dequantize_int4(Tensor weight_packed, Tensor weight_scale, Tensor out) {
   p.weight_packed = a.dense<const int32_t>("weight_packed", weight_packed, n_out, words);
   p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
   p.n_out = n_out, p.n_in = in;
-  run(cpu::dequantize_int4, p);
+  KIMI_RUN(on, dequantize_int4, p);
 }
 
-void quantize_int4(Tensor weight, Tensor weight_packed, Tensor weight_scale) {
-  const Args a("quantize_int4");
+template <class On>
+void quantize_int4(On on, Tensor weight, Tensor weight_packed, Tensor weight_scale) {
+  const Args a("quantize_int4", on);
   Dim n_out{"out"}, in{"in"};
   QuantizeInt4Params p{};
   p.weight = a.dense<const float>("weight", weight, n_out, in);
@@ -81,32 +88,34 @@ void quantize_int4(Tensor weight, Tensor weight_packed, Tensor weight_scale) {
   p.weight_packed = a.dense<int32_t>("weight_packed", weight_packed, n_out, words);
   p.weight_scale = a.dense<bf16>("weight_scale", weight_scale, n_out, groups);
   p.n_out = n_out, p.n_in = in;
-  run(cpu::quantize_int4, p);
+  KIMI_RUN(on, quantize_int4, p);
 }
 
-void silu_and_mul(Tensor x, Tensor out) {
-  const Args a("silu_and_mul");
+template <class On>
+void silu_and_mul(On on, Tensor x, Tensor out) {
+  using Activation = typename On::Activation;
+  const Args a("silu_and_mul", on);
   Dim T{"T"}, two_I{"2 I"};
-  SiluAndMulParams p{};
-  p.x = a.strided<const float>("x", x, T, two_I);
+  SiluAndMulParams<Activation> p{};
+  p.x = a.strided<const Activation>("x", x, T, two_I);
   a.require(two_I.size % 2 == 0, "the last axis of x has ", two_I.size, " elements, expected an even number");
   Dim I{"I", two_I.size / 2};
-  p.out = a.strided<float>("out", out, T, I);
+  p.out = a.strided<Activation>("out", out, T, I);
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.I = I;
-  run(cpu::silu_and_mul, p);
+  KIMI_RUN(on, silu_and_mul, p);
 }
 
 }  // namespace
 
 void register_linear(nb::module_& m) {
-  define(m, "gemm", &gemm);
-  define(m, "batched_gemm", &batched_gemm);
-  define(m, "gemm_int4", &gemm_int4);
-  define(m, "dequantize_int4", &dequantize_int4);
-  define(m, "quantize_int4", &quantize_int4);
-  define(m, "silu_and_mul", &silu_and_mul);
+  KIMI_DEFINE_CPU(m, gemm);
+  KIMI_DEFINE_CPU(m, batched_gemm);
+  KIMI_DEFINE_CPU(m, gemm_int4);
+  KIMI_DEFINE_CPU(m, dequantize_int4);
+  KIMI_DEFINE_CPU(m, quantize_int4);
+  KIMI_DEFINE_CPU(m, silu_and_mul);
 }
 
 }  // namespace kimi

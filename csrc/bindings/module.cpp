@@ -3,7 +3,13 @@
 #include "bindings/register.h"
 #include "core/check.h"
 
-NB_MODULE(_C, m) {
+#if defined(KIMI_EMULATOR)
+#define KIMI_MODULE _E
+#else
+#define KIMI_MODULE _C
+#endif
+
+NB_MODULE(KIMI_MODULE, m) {
   nanobind::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);

@@ -3,11 +3,29 @@
 
 #include "bindings/register.h"
 #include "core/check.h"
+#if defined(KIMI_EMULATOR)
+#include "cuda/gpu.h"
+#else
 #include "core/parallel.h"
 #include "cpu/kernels.h"
+#endif
+
+using namespace nanobind::literals;
 
 namespace kimi {
 namespace {
+
+#if defined(KIMI_EMULATOR)
+
+// order: 0 ascending, 1 descending, 2 random by seed.
+void configure(int order, uint64_t seed, int multiprocessors, int shared_per_block) {
+  check(order >= 0 && order <= 2, "configure: order is ", order, ", expected 0, 1 or 2");
+  emu::g.config.order = emu::Order(order), emu::g.config.seed = seed;
+  emu::g.config.device.multiprocessors = multiprocessors;
+  emu::g.config.device.shared_per_block = shared_per_block;
+}
+
+#else
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -26,14 +44,20 @@ void set_threads(int n) {
   set_num_threads(n);
 }
 
+#endif
+
 }  // namespace
 
 void register_runtime(nanobind::module_& m) {
+#if defined(KIMI_EMULATOR)
+  m.def("configure", &configure, "order"_a, "seed"_a = 0, "multiprocessors"_a = 3, "shared_per_block"_a = 99 << 10);
+#else
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_threads);
+#endif
 }
 
 }  // namespace kimi

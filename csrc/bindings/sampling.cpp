@@ -1,5 +1,4 @@
 #include "bindings/args.h"
-#include "bindings/dispatch.h"
 #include "bindings/register.h"
 #include "ops/top_k_top_p_sample.h"
 
@@ -17,9 +16,10 @@ void check_settings(const Args& a, const TopKTopPSampleParams& p) {
   }
 }
 
-void top_k_top_p_sample(Tensor logits, Tensor uniform, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,
-                        Tensor probabilities, Tensor order, Tensor ids) {
-  const Args a("top_k_top_p_sample");
+template <class On>
+void top_k_top_p_sample(On on, Tensor logits, Tensor uniform, Tensor temperature, Tensor top_k, Tensor top_p,
+                        Tensor min_p, Tensor probabilities, Tensor order, Tensor ids) {
+  const Args a("top_k_top_p_sample", on);
   Dim B{"B"}, V{"V"};
   TopKTopPSampleParams p{};
   p.logits = a.strided<const float>("logits", logits, B, V);
@@ -33,13 +33,14 @@ void top_k_top_p_sample(Tensor logits, Tensor uniform, Tensor temperature, Tenso
   p.ids = a.dense<int32_t>("ids", ids, B);
   p.logits_stride = logits.stride[0];
   p.B = B, p.V = V;
-  check_settings(a, p);
-  run(cpu::top_k_top_p_sample, p);
-  for (int b = 0; b < p.B; b++) a.require(p.ids[b] >= 0, "logits[", b, "] has no finite largest value");
+  if constexpr (kOnCpu<On>) check_settings(a, p);
+  KIMI_RUN(on, top_k_top_p_sample, p);
+  if constexpr (kOnCpu<On>)
+    for (int b = 0; b < p.B; b++) a.require(p.ids[b] >= 0, "logits[", b, "] has no finite largest value");
 }
 
 }  // namespace
 
-void register_sampling(nb::module_& m) { define(m, "top_k_top_p_sample", &top_k_top_p_sample); }
+void register_sampling(nb::module_& m) { KIMI_DEFINE_CPU(m, top_k_top_p_sample); }
 
 }  // namespace kimi

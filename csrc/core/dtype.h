@@ -3,6 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define KIMI_BOTH __host__ __device__
+#else
+#define KIMI_BOTH
+#endif
+
 namespace kimi {
 
 enum class DType : uint8_t { F32, BF16, I32, I64, Other };
@@ -12,7 +18,7 @@ struct bf16 {
 };
 
 // static: each file keeps its own copy, so that the linker can never put one built with AVX flags into common code.
-static inline float to_float(bf16 v) {
+KIMI_BOTH static inline float to_float(bf16 v) {
   uint32_t u = uint32_t(v.bits) << 16;
   float f;
   std::memcpy(&f, &u, 4);
@@ -20,7 +26,7 @@ static inline float to_float(bf16 v) {
 }
 
 // Rounds to nearest even; NaN stays a (quiet) NaN.
-static inline bf16 to_bf16(float f) {
+KIMI_BOTH static inline bf16 to_bf16(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t((u >> 16) | 0x40)};

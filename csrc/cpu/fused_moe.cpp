@@ -15,7 +15,7 @@ struct Workspace {
   int32_t* offsets;  // [E + 1]
   int32_t* active;   // [min(E, M)] experts with tokens, ascending
 
-  Workspace(const FusedMoeParams& p) {
+  Workspace(const FusedMoeParams<float>& p) {
     const int64_t M = int64_t(p.T) * p.K;
     act = p.workspace;
     inverse = reinterpret_cast<int32_t*>(act + M * p.I);
@@ -27,16 +27,17 @@ struct Workspace {
 
 }  // namespace
 
-size_t fused_moe_workspace(const FusedMoeParams& p) {
+namespace cpu {
+
+size_t fused_moe_workspace(const FusedMoeParams<float>& p) {
   const int64_t M = int64_t(p.T) * p.K;
   return size_t(M * p.I + 2 * M + p.E + 1 + std::min<int64_t>(p.E, M));
 }
 
-namespace cpu {
 namespace {
 
 // Sorts the pairs by expert and returns how many experts have tokens.
-int sort_pairs(const FusedMoeParams& p, const Workspace& s) {
+int sort_pairs(const FusedMoeParams<float>& p, const Workspace& s) {
   const int M = p.T * p.K;
   sort_by_expert(p.topk_ids, M, p.E, s.offsets, s.inverse);
   for (int i = 0; i < M; i++)
@@ -48,7 +49,7 @@ int sort_pairs(const FusedMoeParams& p, const Workspace& s) {
 }
 
 // act[first + i][row..row + rows) for the tokens of expert e: gate and up side by side, then SwiGLU.
-void gate_and_up(const Kernels& k, const FusedMoeParams& p, const Workspace& s, int e, int row, int rows) {
+void gate_and_up(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float gate[kBlockT * kBlockRows], up[kBlockT * kBlockRows];
   const float* xs[kBlockT];
   for (int first = s.offsets[e]; first < s.offsets[e + 1]; first += kBlockT) {
@@ -62,7 +63,7 @@ void gate_and_up(const Kernels& k, const FusedMoeParams& p, const Workspace& s, 
 }
 
 // out[token][row..row + rows) += router weight * down_e act, for the tokens of expert e.
-void down_and_add(const Kernels& k, const FusedMoeParams& p, const Workspace& s, int e, int row, int rows) {
+void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float sums[kBlockT * kBlockRows];
   const float* xs[kBlockT];
   for (int first = s.offsets[e]; first < s.offsets[e + 1]; first += kBlockT) {
@@ -80,7 +81,7 @@ void down_and_add(const Kernels& k, const FusedMoeParams& p, const Workspace& s,
 }  // namespace
 
 // Experts are added in ascending order, so the sum over K experts has one order whatever the batch is.
-void fused_moe(const FusedMoeParams& p) {
+void fused_moe(const FusedMoeParams<float>& p) {
   const Kernels& k = kernels();
   const Workspace s(p);
   const int active = sort_pairs(p, s);

@@ -5,7 +5,7 @@
 
 namespace kimi::cpu {
 
-void gemm_int4(const GemmInt4Params& p) {
+void gemm_int4(const GemmInt4Params<float>& p) {
   const Kernels& k = kernels();
   const Int4Matrix weight{reinterpret_cast<const uint8_t*>(p.weight_packed), p.weight_scale, p.n_in};
   parallel_for(p.n_out, kBlockRows, [&](int64_t begin, int64_t end) {

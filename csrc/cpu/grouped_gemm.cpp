@@ -5,7 +5,7 @@
 
 namespace kimi::cpu {
 
-void grouped_gemm(const GroupedGemmParams& p) {
+void grouped_gemm(const GroupedGemmParams<float>& p) {
   const Kernels& k = kernels();
   const ExpertWeights& w = p.experts;
   const int64_t blocks = (w.n_out + kBlockRows - 1) / kBlockRows;
@@ -20,6 +20,6 @@ void grouped_gemm(const GroupedGemmParams& p) {
   for (int64_t m = p.offsets[w.E]; m < p.M; m++) std::fill_n(p.out + m * p.out_stride, w.n_out, 0.0f);
 }
 
-void grouped_gemm_int4(const GroupedGemmParams& p) { grouped_gemm(p); }
+void grouped_gemm_int4(const GroupedGemmParams<float>& p) { grouped_gemm(p); }
 
 }  // namespace kimi::cpu

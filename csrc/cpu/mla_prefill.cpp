@@ -21,7 +21,7 @@ struct QueryRows {
 };
 
 // The running state of a query whose result over other keys is (out, lse): maximum = lse, sum = 1.
-void start_state(const MlaPrefillParams& p, int64_t row, int i, AttentionState& s) {
+void start_state(const MlaPrefillParams<float>& p, int64_t row, int i, AttentionState& s) {
   const float lse = p.continue_state ? p.lse[row] : -std::numeric_limits<float>::infinity();
   s.maximum[i] = lse;
   s.sum[i] = lse == -std::numeric_limits<float>::infinity() ? 0.0f : 1.0f;
@@ -31,14 +31,14 @@ void start_state(const MlaPrefillParams& p, int64_t row, int i, AttentionState& 
     std::copy_n(p.out + row * p.Dv, p.Dv, s.out[i]);
 }
 
-void finish_state(const Kernels& k, const MlaPrefillParams& p, int64_t row, int i, const AttentionState& s) {
+void finish_state(const Kernels& k, const MlaPrefillParams<float>& p, int64_t row, int i, const AttentionState& s) {
   if (s.sum[i] != 0.0f) k.scale(s.out[i], 1.0f / s.sum[i], p.Dv);
   if (s.out[i] != p.out + row * p.Dv) std::copy_n(s.out[i], p.Dv, p.out + row * p.Dv);
   p.lse[row] = log_sum_exp(s.maximum[i], s.sum[i]);
 }
 
 // Head n, queries [begin, begin + count) of sequence b.
-void attend_block(const Kernels& k, const MlaPrefillParams& p, int b, int n, int begin, int count) {
+void attend_block(const Kernels& k, const MlaPrefillParams<float>& p, int b, int n, int begin, int count) {
   const int key_start = p.cu_seqlens_k[b], key_count = p.cu_seqlens_k[b + 1] - key_start;
   const int64_t first = p.cu_seqlens_q[b] + begin;
   const bool side_by_side = std::max(p.Dn + p.R, p.Dv) <= kColumns;
@@ -70,7 +70,7 @@ void attend_block(const Kernels& k, const MlaPrefillParams& p, int b, int n, int
 
 }  // namespace
 
-void mla_prefill(const MlaPrefillParams& p) {
+void mla_prefill(const MlaPrefillParams<float>& p) {
   const Kernels& k = kernels();
   for (int b = 0; b < p.B; b++) {
     const int queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];

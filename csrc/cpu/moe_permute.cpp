@@ -8,7 +8,7 @@
 
 namespace kimi::cpu {
 
-void moe_permute(const MoePermuteParams& p) {
+void moe_permute(const MoePermuteParams<float>& p) {
   const int M = p.T * p.K;
   sort_by_expert(p.topk_ids, M, p.E, p.offsets, p.inverse);
   parallel_for(M, 16, [&](int64_t begin, int64_t end) {
@@ -18,7 +18,7 @@ void moe_permute(const MoePermuteParams& p) {
   std::fill(p.permuted + int64_t(p.offsets[p.E]) * p.H, p.permuted + int64_t(M) * p.H, 0.0f);
 }
 
-void moe_unpermute(const MoeUnpermuteParams& p) {
+void moe_unpermute(const MoeUnpermuteParams<float>& p) {
   const Kernels& k = kernels();
   parallel_for(p.T, 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {

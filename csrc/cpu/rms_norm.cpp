@@ -17,7 +17,7 @@ void normalise(const Kernels& k, const float* x, const bf16* weight, float* out,
 
 }  // namespace
 
-void rms_norm(const RmsNormParams& p) {
+void rms_norm(const RmsNormParams<float>& p) {
   const Kernels& k = kernels();
   parallel_for(p.T, kRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
@@ -25,7 +25,7 @@ void rms_norm(const RmsNormParams& p) {
   });
 }
 
-void fused_add_rms_norm(const FusedAddRmsNormParams& p) {
+void fused_add_rms_norm(const FusedAddRmsNormParams<float>& p) {
   const Kernels& k = kernels();
   parallel_for(p.T, kRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {

@@ -5,7 +5,7 @@
 
 namespace kimi::cpu {
 
-void rope(const RopeParams& p) {
+void rope(const RopeParams<float>& p) {
   const Kernels& k = kernels();
   const int64_t pairs = p.R / 2;
   parallel_for(p.T, 8, [&](int64_t begin, int64_t end) {

@@ -5,7 +5,7 @@
 
 namespace kimi::cpu {
 
-void silu_and_mul(const SiluAndMulParams& p) {
+void silu_and_mul(const SiluAndMulParams<float>& p) {
   const Kernels& k = kernels();
   parallel_for(p.T, 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {

@@ -1,6 +1,7 @@
 // Packed INT4 to bf16, and float32 to packed INT4.
 #pragma once
 #include "core/dtype.h"
+#include "core/stream.h"
 #include "ops/gemm_int4.h"
 
 namespace kimi {
@@ -26,5 +27,9 @@ namespace cpu {
 void dequantize_int4(const DequantizeInt4Params& p);
 void quantize_int4(const QuantizeInt4Params& p);
 }  // namespace cpu
+namespace cuda {
+void dequantize_int4(const DequantizeInt4Params& p, Stream stream);
+void quantize_int4(const QuantizeInt4Params& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -3,27 +3,32 @@
 #pragma once
 #include <cstddef>
 
+#include "core/stream.h"
 #include "ops/expert_weights.h"
 
 namespace kimi {
 
+template <class Activation>
 struct FusedMoeParams {
-  const float* x;  // [T, H]
+  const Activation* x;  // [T, H]
   int64_t x_stride;
   const float* topk_weights;  // [T, K]
   const int32_t* topk_ids;    // [T, K], in [-1, E); -1 is skipped
   ExpertWeights gate, up;     // [E, I, H]
   ExpertWeights down;         // [E, H, I]
-  float* out;                 // [T, H]
+  Activation* out;            // [T, H]
   int64_t out_stride;
   float* workspace;  // fused_moe_workspace(p) floats
   int T, H, I, K, E;
 };
 
-size_t fused_moe_workspace(const FusedMoeParams& p);
-
 namespace cpu {
-void fused_moe(const FusedMoeParams& p);
-}
+size_t fused_moe_workspace(const FusedMoeParams<float>& p);
+void fused_moe(const FusedMoeParams<float>& p);
+}  // namespace cpu
+namespace cuda {
+size_t fused_moe_workspace(const FusedMoeParams<bf16>& p);
+void fused_moe(const FusedMoeParams<bf16>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -1,29 +1,34 @@
-// Absorbed MLA attention: one query token per sequence against the paged latent cache.
+// Absorbed MLA attention: the last Q tokens of each sequence against its paged latent cache.
 #pragma once
 #include <cstddef>
 
 #include "core/dtype.h"
+#include "core/stream.h"
 
 namespace kimi {
 
+template <class Activation>
 struct MlaDecodeParams {
-  const float* q;     // [B, N, C + R], projected into latent space; rope part last
-  const void* cache;  // [pages, page_size, C + R], bf16 or float32
+  const Activation* q;  // [B, Q, N, C + R], projected into latent space; rope part last
+  const void* cache;    // [pages, page_size, C + R], bf16 or float32
   DType cache_dtype;
   const int32_t* page_table;  // [B, max_pages]
-  const int32_t* seq_lens;    // [B]
-  float* out;                 // [B, N, C]
-  float* lse;                 // [B, N], log of the sum of exp(score)
+  const int32_t* seq_lens;    // [B]: query i of sequence b sees the first seq_lens[b] - (Q - 1 - i) rows
+  Activation* out;            // [B, Q, N, C]
+  float* lse;                 // [B, Q, N], log of the sum of exp(score)
   float* workspace;           // mla_decode_workspace(p) floats
-  int B, N, C, R, page_size, max_pages;
-  int max_seq_len;  // largest of seq_lens
+  int B, Q, N, C, R, pages, page_size, max_pages;
+  int max_seq_len;  // at least the largest of seq_lens
   float scale;
 };
 
-size_t mla_decode_workspace(const MlaDecodeParams& p);
-
 namespace cpu {
-void mla_decode(const MlaDecodeParams& p);
-}
+size_t mla_decode_workspace(const MlaDecodeParams<float>& p);
+void mla_decode(const MlaDecodeParams<float>& p);
+}  // namespace cpu
+namespace cuda {
+size_t mla_decode_workspace(const MlaDecodeParams<bf16>& p);
+void mla_decode(const MlaDecodeParams<bf16>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -1,20 +1,22 @@
 // Naive MLA attention of many new tokens over expanded keys and values, causal, sequences of different lengths.
 #pragma once
 #include "core/dtype.h"
+#include "core/stream.h"
 
 namespace kimi {
 
+template <class Activation>
 struct MlaPrefillParams {
-  const float* q;  // [T, N, Dn + R], rope part last
+  const Activation* q;  // [T, N, Dn + R], rope part last
   int64_t q_stride_t, q_stride_n;
-  const float* kv;  // [S, N, Dn + Dv]: k_nope, then v
+  const Activation* kv;  // [S, N, Dn + Dv]: k_nope, then v
   int64_t kv_stride_s, kv_stride_n;
-  const float* k_pe;  // [S, R], shared by the heads
+  const Activation* k_pe;  // [S, R], shared by the heads
   int64_t k_pe_stride;
   const int32_t* cu_seqlens_q;    // [B + 1]
   const int32_t* cu_seqlens_k;    // [B + 1]
   const int32_t* causal_offsets;  // [B]: key j is visible to query i of its sequence iff j <= i + offset
-  float* out;                     // [T, N, Dv]
+  Activation* out;                // [T, N, Dv]
   float* lse;                     // [T, N], log of the sum of exp(score)
   int B, T, N, Dn, R, Dv;
   float scale;
@@ -22,7 +24,10 @@ struct MlaPrefillParams {
 };
 
 namespace cpu {
-void mla_prefill(const MlaPrefillParams& p);
-}
+void mla_prefill(const MlaPrefillParams<float>& p);
+}  // namespace cpu
+namespace cuda {
+void mla_prefill(const MlaPrefillParams<bf16>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -1,35 +1,42 @@
 // Root mean square normalisation: out = x * rsqrt(mean(x^2) + eps) * weight.
 #pragma once
 #include "core/dtype.h"
+#include "core/stream.h"
 
 namespace kimi {
 
+template <class Activation>
 struct RmsNormParams {
-  const float* x;      // [T, H]
-  int64_t x_stride;    // between rows
-  const bf16* weight;  // [H]
-  float* out;          // [T, H]
+  const Activation* x;  // [T, H]
+  int64_t x_stride;     // between rows
+  const bf16* weight;   // [H]
+  Activation* out;      // [T, H]
   int64_t out_stride;
   int T, H;
   float eps;
 };
 
 // residual += x, then out = rms_norm(residual).
+template <class Activation>
 struct FusedAddRmsNormParams {
-  const float* x;  // [T, H]
+  const Activation* x;  // [T, H]
   int64_t x_stride;
   float* residual;  // [T, H], updated in place
   int64_t residual_stride;
   const bf16* weight;  // [H]
-  float* out;          // [T, H]
+  Activation* out;     // [T, H]
   int64_t out_stride;
   int T, H;
   float eps;
 };
 
 namespace cpu {
-void rms_norm(const RmsNormParams& p);
-void fused_add_rms_norm(const FusedAddRmsNormParams& p);
+void rms_norm(const RmsNormParams<float>& p);
+void fused_add_rms_norm(const FusedAddRmsNormParams<float>& p);
 }  // namespace cpu
+namespace cuda {
+void rms_norm(const RmsNormParams<bf16>& p, Stream stream);
+void fused_add_rms_norm(const FusedAddRmsNormParams<bf16>& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

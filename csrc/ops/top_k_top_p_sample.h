@@ -2,6 +2,7 @@
 // distribution.
 #pragma once
 #include "core/dtype.h"
+#include "core/stream.h"
 
 namespace kimi {
 
@@ -21,6 +22,9 @@ struct TopKTopPSampleParams {
 
 namespace cpu {
 void top_k_top_p_sample(const TopKTopPSampleParams& p);
-}
+}  // namespace cpu
+namespace cuda {
+void top_k_top_p_sample(const TopKTopPSampleParams& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -1,6 +1,7 @@
 // Router: the K experts with the largest sigmoid(logit) + bias; the bias chooses and never weighs.
 #pragma once
 #include "core/dtype.h"
+#include "core/stream.h"
 
 namespace kimi {
 
@@ -18,6 +19,9 @@ struct TopkSigmoidParams {
 
 namespace cpu {
 void topk_sigmoid(const TopkSigmoidParams& p);
-}
+}  // namespace cpu
+namespace cuda {
+void topk_sigmoid(const TopkSigmoidParams& p, Stream stream);
+}  // namespace cuda
 
 }  // namespace kimi

@@ -68,11 +68,11 @@ class MLA:
         latent_q = ops.rms_norm(self.q_a_proj(x), self.q_a_layernorm, c.mla_norm_eps)
         q = self.q_b_proj(latent_q).reshape(T, c.num_attention_heads, c.qk_head_dim)
         kv = self.kv_a_proj_with_mqa(x)  # [T, C + R]
-        k_pe = kv[:, None, c.kv_lora_rank :]
-        for pe in (q[:, :, c.qk_nope_head_dim :], k_pe):
-            ops.rope(pe, step.cos, step.sin, step.positions, out=pe)
-        latent = ops.rms_norm(kv[:, : c.kv_lora_rank], self.kv_a_layernorm, c.mla_norm_eps)
-        ops.append_mla_cache(latent, k_pe[:, 0], step.cache.layer(self.layer), step.slots)
+        rotation = step.cos, step.sin, step.positions
+        q_pe = q[:, :, c.qk_nope_head_dim :]
+        ops.rope(q_pe, *rotation, out=q_pe)
+        cache = step.cache.layer(self.layer)
+        ops.fused_append_mla_cache(kv, self.kv_a_layernorm, *rotation, cache, step.slots, c.mla_norm_eps)
         attend = self._naive if prefers_naive(c, T, int(step.positions[-1]) + 1) else self._absorbed
         return self.o_proj(attend(q, step).reshape(T, -1))
 
@@ -108,14 +108,14 @@ class MLA:
         )
         latent_q[:, :, c.kv_lora_rank :] = q[:, :, c.qk_nope_head_dim :]
         latent_out = ops.mla_decode(
-            latent_q,
+            latent_q[None],
             step.cache.layer(self.layer),
-            np.repeat(step.cache.page_table, T, axis=0),
-            step.positions + np.int32(1),
+            step.cache.page_table,
+            step.positions[-1:] + np.int32(1),
             c.kv_lora_rank,
             self.scale,
         )
-        return ops.batched_gemm(latent_out, self.w_uv)
+        return ops.batched_gemm(latent_out[0], self.w_uv)
 
 
 class DenseMLP:

@@ -11,7 +11,7 @@ HUGE = np.iinfo(np.int32).max
 SOFTMAX_SCALE = 0.14467962580268923
 
 
-def random_arguments(rng, seq_lens, page_size, N=3, C=16, R=8, dtype=BF16):
+def random_arguments(rng, seq_lens, page_size, N=3, C=16, R=8, dtype=BF16, Q=1):
     """Pages in any order; unused ones and the unused end of each last page are NaN, unused entries huge."""
     seq_lens = np.array(seq_lens, np.int32)
     used = -(-seq_lens // page_size)
@@ -23,7 +23,7 @@ def random_arguments(rng, seq_lens, page_size, N=3, C=16, R=8, dtype=BF16):
         token = np.arange(length)
         cache[table[b, token // page_size], token % page_size] = normal(rng, length, C + R, dtype=dtype)
     return {
-        "q": normal(rng, len(seq_lens), N, C + R),
+        "q": normal(rng, len(seq_lens), Q, N, C + R),
         "cache": cache,
         "page_table": table,
         "seq_lens": seq_lens,
@@ -36,7 +36,7 @@ def check(given, out, lse):
     expected, expected_lse = reference.mla_decode(**given, return_lse=True)
     score = 1 + np.abs(expected_lse[np.isfinite(expected_lse)]).max(initial=0)
     reach = score * np.nanmax(np.abs(np.float32(given["cache"])), initial=0)
-    reduction = given["q"].shape[2] + given["seq_lens"].max(initial=0)
+    reduction = given["q"].shape[3] + given["seq_lens"].max(initial=0)
     assert_close(lse, expected_lse, reduction=reduction, scale=score)
     assert_close(out, expected, reduction=reduction, scale=reach)
 

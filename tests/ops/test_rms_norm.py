@@ -12,46 +12,47 @@ SHAPES += [(t, h) for t in (1, 2, 5, 8, 17, 33) for h in (1, 7, 31, 257)]
 
 
 @pytest.mark.parametrize(("T", "H"), SHAPES)
-def test_rms_norm(isa, rng, T, H):
-    x, weight = normal(rng, T, H), normal(rng, H, dtype=BF16)
-    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), reduction=H)
+def test_rms_norm(on, rng, T, H):
+    x, weight = on.normal(rng, T, H), normal(rng, H, dtype=BF16)
+    out = on(ops.rms_norm, x, weight, 1e-5)
+    assert_close(out, reference.rms_norm(x, weight, 1e-5), on.dtype.name, reduction=H)
 
 
 @pytest.mark.parametrize(("T", "H"), SHAPES)
-def test_fused_add_rms_norm(isa, rng, T, H):
-    x, residual, weight = normal(rng, T, H), normal(rng, T, H, scale=3), normal(rng, H, dtype=BF16)
-    total = x + residual
-    out = ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+def test_fused_add_rms_norm(on, rng, T, H):
+    x, residual, weight = on.normal(rng, T, H), normal(rng, T, H, scale=3), normal(rng, H, dtype=BF16)
+    total = np.float32(x) + residual
+    out = on(ops.fused_add_rms_norm, x, residual, weight, 1e-6)
     assert same_bits(residual, total)
-    assert_close(out, reference.rms_norm(total, weight, 1e-6), reduction=H)
+    assert_close(out, reference.rms_norm(total, weight, 1e-6), on.dtype.name, reduction=H)
 
 
-def test_strided_rows_and_out(isa, rng):
-    x, residual, weight = normal(rng, 9, 83), normal(rng, 9, 83), normal(rng, 83, dtype=BF16)
-    out, held = strided(poison(9, 83)), strided(residual)
+def test_strided_rows_and_out(on, rng):
+    x, residual, weight = on.normal(rng, 9, 83), normal(rng, 9, 83), normal(rng, 83, dtype=BF16)
+    out, held = strided(poison(9, 83, dtype=on.dtype)), strided(residual)
     around = held.base.copy()
-    around[1:10, 1:84] += x
-    assert ops.rms_norm(strided(x), weight, 1e-5, out=out) is out
-    assert_close(out, reference.rms_norm(x, weight, 1e-5), reduction=83)
+    around[1:10, 1:84] += np.float32(x)
+    assert on(ops.rms_norm, strided(x), weight, 1e-5, out=out) is out
+    assert_close(out, reference.rms_norm(x, weight, 1e-5), on.dtype.name, reduction=83)
     assert np.isnan(out.base[0]).all() and np.isnan(out.base[:, 84:]).all()
-    assert ops.fused_add_rms_norm(strided(x), held, weight, 1e-5, out=out) is out
-    assert_close(out, reference.fused_add_rms_norm(x, residual, weight, 1e-5)[0], reduction=83)
+    assert on(ops.fused_add_rms_norm, strided(x), held, weight, 1e-5, out=out) is out
+    assert_close(out, reference.fused_add_rms_norm(x, residual, weight, 1e-5)[0], on.dtype.name, reduction=83)
     assert same_bits(held.base, around)
 
 
-def test_eps_matters_for_small_rows(isa):
-    x, weight = np.full((2, 64), 1e-3, np.float32), np.ones(64, BF16)
+def test_eps_matters_for_small_rows(on):
+    x, weight = np.full((2, 64), 1e-3, on.dtype), np.ones(64, BF16)
     x[1] = 0
-    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), reduction=64)
-    assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), reduction=64)
+    for eps in (1e-5, 1e-6):
+        assert_close(on(ops.rms_norm, x, weight, eps), reference.rms_norm(x, weight, eps), on.dtype.name, reduction=64)
 
 
-def test_nan_stays_in_its_row(isa, rng):
-    x, weight = normal(rng, 5, 71), np.ones(71, BF16)
+def test_nan_stays_in_its_row(on, rng):
+    x, weight = on.normal(rng, 5, 71), np.ones(71, BF16)
     x[2, 70] = np.nan
-    out = ops.rms_norm(x, weight, 1e-5)
+    out = on(ops.rms_norm, x, weight, 1e-5)
     assert np.isnan(out).all(axis=1).tolist() == [False, False, True, False, False]
-    assert np.isfinite(out[[0, 1, 3, 4]]).all()
+    assert np.isfinite(np.float32(out[[0, 1, 3, 4]])).all()
 
 
 def arguments(op):

@@ -3,7 +3,7 @@
 Names and signatures are those of `kimi_native.ops`; what an op does in place is returned here instead.
 """
 
-from .attention import append_mla_cache, mla_decode, mla_prefill, rope
+from .attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
 from .linear import batched_gemm, dequantize_int4, exact_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
 from .moe import (
     ExpertWeights,
@@ -24,6 +24,7 @@ __all__ = [
     "dequantize_int4",
     "exact_int4",
     "fused_add_rms_norm",
+    "fused_append_mla_cache",
     "fused_moe",
     "gemm",
     "gemm_int4",

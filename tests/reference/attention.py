@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from .norm import rms_norm
+
 
 def rope(x, cos, sin, positions):
     """Rotate pairs (2i, 2i + 1) of x [T, N, R] by row positions[t] of the tables [P, R/2]."""
@@ -41,16 +43,26 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
     return (out, lse) if return_lse else out
 
 
+def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):
+    """append_mla_cache of the normalised latent and the rotated rope part of kv [T, C + R]."""
+    C = len(weight)
+    k_pe = rope(kv[:, None, C:], cos, sin, positions)[:, 0]
+    return append_mla_cache(rms_norm(kv[:, :C], weight, eps), k_pe, cache, slots)
+
+
 def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
-    """One query a sequence, q [B, N, C + R], over its cache rows: key = row, value = its first C numbers."""
+    """The last Q queries a sequence, q [B, Q, N, C + R], over its cache rows: key = row, value = its first C numbers.
+    Query i sees the rows up to its own."""
     q = np.float64(q)
-    out = np.zeros((*q.shape[:2], kv_lora_rank))
-    lse = np.full(q.shape[:2], -np.inf)
-    page_size = cache.shape[1]
+    out = np.zeros((*q.shape[:3], kv_lora_rank))
+    lse = np.full(q.shape[:3], -np.inf)
+    page_size, Q = cache.shape[1], q.shape[1]
     for b, length in enumerate(seq_lens):
         token = np.arange(length)
         rows = np.float64(cache[page_table[b, token // page_size], token % page_size])
-        p, lse[b] = softmax(scale * q[b] @ rows.T)
+        score = scale * np.einsum("inc,jc->inj", q[b], rows)
+        score[np.broadcast_to(token >= length - (Q - 1 - np.ogrid[:Q, :1, :1][0]), score.shape)] = -np.inf
+        p, lse[b] = softmax(score)
         out[b] = p @ rows[:, :kv_lora_rank]
     return (out, lse) if return_lse else out
 

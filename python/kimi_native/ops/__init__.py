@@ -1,7 +1,7 @@
 """The kernels, NumPy arrays in and out. Activations are float32, weights bfloat16 (ml_dtypes) or packed INT4."""
 
 from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
-from kimi_native.ops.attention import append_mla_cache, mla_decode, mla_prefill, rope
+from kimi_native.ops.attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
 from kimi_native.ops.linear import batched_gemm, dequantize_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
 from kimi_native.ops.moe import (
     ExpertWeights,
@@ -22,6 +22,7 @@ __all__ = [
     "batched_gemm",
     "dequantize_int4",
     "fused_add_rms_norm",
+    "fused_append_mla_cache",
     "fused_moe",
     "gemm",
     "gemm_int4",

@@ -1,7 +1,8 @@
 """Multi-head latent attention: rotary embedding, latent cache, prefill and decode."""
 
-from kimi_native import _C
-from kimi_native.ops._array import bits, empty, shape_of
+import numpy as np
+
+from kimi_native.ops._array import empty, run, shape_of
 
 
 def rope(x, cos, sin, positions, out=None):
@@ -12,8 +13,8 @@ def rope(x, cos, sin, positions, out=None):
     Raises ValueError for a shape or a position outside the tables, TypeError for a dtype or kind of array.
     Source: Su et al. 2021, arXiv 2104.09864.
     """
-    out = empty(*shape_of("rope", "x", x, 3)) if out is None else out
-    _C.rope(x, cos, sin, positions, out)
+    out = empty(x, *shape_of("rope", "x", x, 3)) if out is None else out
+    run("rope", x=x, cos=cos, sin=sin, positions=positions, out=out)
     return out
 
 
@@ -25,7 +26,28 @@ def append_mla_cache(latent, k_pe, cache, slots):
     slots: int64 [T], page * page_size + offset.
     Raises ValueError for a shape or a slot outside the cache, TypeError for a dtype or kind of array.
     """
-    _C.append_mla_cache(latent, k_pe, bits("append_mla_cache", "cache", cache), slots)
+    run("append_mla_cache", latent=latent, k_pe=k_pe, cache=cache, slots=slots)
+
+
+def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):
+    """rms_norm of the latent, rope of the rope part and append_mla_cache in one pass.
+
+    kv: float32, on the GPU bfloat16 [T, C + R], rows as kv_a_proj_with_mqa gives them, may be strided. weight:
+    bfloat16 [C]. cos, sin, positions: as for rope, with one row of R elements a token. cache, slots: as for
+    append_mla_cache. eps: float, of the norm. Nothing is rounded but the result.
+    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array.
+    """
+    run(
+        "fused_append_mla_cache",
+        kv=kv,
+        weight=weight,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        cache=cache,
+        slots=slots,
+        eps=eps,
+    )
 
 
 def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False):
@@ -46,31 +68,47 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
     if state is None:
         T, N, key_dim = shape_of("mla_prefill", "q", q, 3)
         kv_dim, R = shape_of("mla_prefill", "kv", kv, 3)[2], shape_of("mla_prefill", "k_pe", k_pe, 2)[1]
-        out, lse = empty(T, N, max(0, kv_dim - key_dim + R)), empty(T, N)
+        out = empty(q, T, N, max(0, kv_dim - key_dim + R))
+        lse = empty(q, T, N, dtype=np.float32)
     else:
         out, lse = state
-    _C.mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, out, lse, scale, state is not None)
+    run(
+        "mla_prefill",
+        q=q,
+        kv=kv,
+        k_pe=k_pe,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        causal_offsets=causal_offsets,
+        out=out,
+        lse=lse,
+        scale=scale,
+        continue_state=state is not None,
+    )
     return (out, lse) if return_lse else out
 
 
 def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
-    """One query token per sequence against the paged latent cache (the absorbed form of MLA).
+    """The last Q tokens of each sequence against its paged latent cache (the absorbed form of MLA).
 
     All heads share one key per token, the whole cache row, and one value, its first kv_lora_rank elements:
     score = scale * q . row, out = softmax(score) row[:C], lse = log(sum(exp(score))).
 
-    q: float32 [B, N, C + R], projected into latent space, rope part last. cache: bfloat16 or float32
+    q: float32, on the GPU bfloat16 [B, Q, N, C + R], projected into latent space, rope part last; query i of sequence
+    b sees its first seq_lens[b] - (Q - 1 - i) rows. cache: bfloat16, on the CPU also float32
     [pages, page_size, C + R]. page_table: int32 [B, max_pages]; entries behind a sequence's last page are not read.
-    seq_lens: int32 [B]; 0 gives 0 and -inf. kv_lora_rank: C.
-    Returns out float32 [B, N, C], or (out, lse float32 [B, N]) with return_lse.
-    Raises ValueError for a shape, a length or a page that does not fit, TypeError for a dtype or kind of array.
+    seq_lens: int32 [B], the last Q tokens included; a query that sees no row gets 0 and -inf. kv_lora_rank: C.
+    Returns out like q [B, Q, N, C], or (out, lse float32 [B, Q, N]) with return_lse.
+    Raises ValueError for a shape, a length or a page that does not fit, TypeError for a dtype or kind of array. On the
+    GPU lengths and pages are not read beforehand: a length beyond max_pages * page_size or a page that does not exist
+    gives NaN.
     Source: DeepSeek-AI 2024, arXiv 2405.04434.
     """
-    B, N, width = shape_of("mla_decode", "q", q, 3)
+    B, Q, N, width = shape_of("mla_decode", "q", q, 4)
     if not 1 <= kv_lora_rank <= width:
         raise ValueError(f"mla_decode: kv_lora_rank is {kv_lora_rank}, expected 1 to the width of q, {width}")
-    out, lse, cache = empty(B, N, kv_lora_rank), empty(B, N), bits("mla_decode", "cache", cache)
-    arguments = q, cache, page_table, seq_lens, out, lse
-    workspace = empty(_C.mla_decode(*arguments, None, scale))
-    _C.mla_decode(*arguments, workspace, scale)
+    out, lse = empty(q, B, Q, N, kv_lora_rank), empty(q, B, Q, N, dtype=np.float32)
+    arguments = dict(q=q, cache=cache, page_table=page_table, seq_lens=seq_lens, out=out, lse=lse)
+    floats = run("mla_decode", **arguments, workspace=None, scale=scale)
+    run("mla_decode", **arguments, workspace=empty(q, floats, dtype=np.float32), scale=scale)
     return (out, lse) if return_lse else out

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kimi_native import _C
-from kimi_native.ops._array import BF16, bits, empty, shape_of
+from kimi_native.ops import _cublas
+from kimi_native.ops._array import BF16, empty, on_gpu, run, shape_of
 
 GROUP = 32  # inputs that share a scale in the published INT4 format
 
@@ -17,8 +17,11 @@ def gemm(x, weight, out=None):
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     if out is None:
-        out = empty(shape_of("gemm", "x", x, 2)[0], shape_of("gemm", "weight", weight, 2)[0])
-    _C.gemm(x, bits("gemm", "weight", weight), out)
+        out = empty(x, shape_of("gemm", "x", x, 2)[0], shape_of("gemm", "weight", weight, 2)[0])
+    if on_gpu(x):
+        _cublas.gemm(x, weight, out)
+    else:
+        run("gemm", x=x, weight=weight, out=out)
     return out
 
 
@@ -33,8 +36,11 @@ def batched_gemm(x, weight, transpose_weight=False, out=None):
     op = "batched_gemm"
     if out is None:
         T, N, _ = shape_of(op, "x", x, 3)
-        out = empty(T, N, shape_of(op, "weight", weight, 3)[2 if transpose_weight else 1])
-    _C.batched_gemm(x, bits(op, "weight", weight), out, transpose_weight)
+        out = empty(x, T, N, shape_of(op, "weight", weight, 3)[2 if transpose_weight else 1])
+    if on_gpu(x):
+        _cublas.batched_gemm(x, weight, out, transpose_weight)
+    else:
+        run(op, x=x, weight=weight, out=out, transpose_weight=transpose_weight)
     return out
 
 
@@ -49,8 +55,8 @@ def gemm_int4(x, weight_packed, weight_scale, out=None):
     """
     op = "gemm_int4"
     if out is None:
-        out = empty(shape_of(op, "x", x, 2)[0], shape_of(op, "weight_packed", weight_packed, 2)[0])
-    _C.gemm_int4(x, weight_packed, bits(op, "weight_scale", weight_scale), out)
+        out = empty(x, shape_of(op, "x", x, 2)[0], shape_of(op, "weight_packed", weight_packed, 2)[0])
+    run(op, x=x, weight_packed=weight_packed, weight_scale=weight_scale, out=out)
     return out
 
 
@@ -64,8 +70,8 @@ def dequantize_int4(weight_packed, weight_scale):
     """
     op = "dequantize_int4"
     n_out, words = shape_of(op, "weight_packed", weight_packed, 2)
-    out = empty(n_out, words * 8, dtype=BF16)
-    _C.dequantize_int4(weight_packed, bits(op, "weight_scale", weight_scale), out.view(np.uint16))
+    out = empty(weight_packed, n_out, words * 8, dtype=BF16)
+    run(op, weight_packed=weight_packed, weight_scale=weight_scale, out=out)
     return out
 
 
@@ -78,8 +84,9 @@ def quantize_int4(weight):
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     n_out, n_in = shape_of("quantize_int4", "weight", weight, 2)
-    packed, scale = empty(n_out, n_in // 8, dtype=np.int32), empty(n_out, n_in // GROUP, dtype=BF16)
-    _C.quantize_int4(weight, packed, scale.view(np.uint16))
+    packed = empty(weight, n_out, n_in // 8, dtype=np.int32)
+    scale = empty(weight, n_out, n_in // GROUP, dtype=BF16)
+    run("quantize_int4", weight=weight, weight_packed=packed, weight_scale=scale)
     return packed, scale
 
 
@@ -92,6 +99,6 @@ def silu_and_mul(x, out=None):
     """
     if out is None:
         T, two_I = shape_of("silu_and_mul", "x", x, 2)
-        out = empty(T, two_I // 2)
-    _C.silu_and_mul(x, out)
+        out = empty(x, T, two_I // 2)
+    run("silu_and_mul", x=x, out=out)
     return out

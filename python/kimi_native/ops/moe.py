@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kimi_native import _C
-from kimi_native.ops._array import bits, empty, shape_of
+from kimi_native.ops import _array
+from kimi_native.ops._array import array_module, bits, empty, on_gpu, run, shape_of
 
 
 class ExpertWeights:
@@ -18,7 +18,10 @@ class ExpertWeights:
     def __init__(self, weights, scales=()):
         self._arrays = [bits("ExpertWeights", f"weights[{e}]", w) for e, w in enumerate(weights)]
         self._scales = [bits("ExpertWeights", f"scales[{e}]", s) for e, s in enumerate(scales)]
-        self.table = _C.ExpertTable(self._arrays, self._scales)
+        self.table = _array.extension.ExpertTable(self._arrays, self._scales)
+        if self._arrays and on_gpu(self._arrays[0]):
+            self._addresses = array_module(self._arrays[0]).asarray(np.array(self.table.addresses(), np.int64))
+            self.table.place(self._addresses)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,8 +46,17 @@ def topk_sigmoid(logits, bias, top_k, routed_scaling_factor=1.0, norm_topk_prob=
     T, E = shape_of("topk_sigmoid", "logits", logits, 2)
     if not 1 <= top_k <= E:
         raise ValueError(f"topk_sigmoid: top_k is {top_k}, expected 1 to E = {E}")
-    weights, ids = empty(T, top_k), empty(T, top_k, dtype=np.int32)
-    _C.topk_sigmoid(logits, bias, weights, ids, empty(T, E), routed_scaling_factor, norm_topk_prob)
+    weights, ids = empty(logits, T, top_k), empty(logits, T, top_k, dtype=np.int32)
+    run(
+        "topk_sigmoid",
+        logits=logits,
+        bias=bias,
+        weights=weights,
+        ids=ids,
+        workspace=empty(logits, T, E),
+        routed_scaling_factor=routed_scaling_factor,
+        norm_topk_prob=norm_topk_prob,
+    )
     return weights, ids
 
 
@@ -60,9 +72,9 @@ def moe_permute(x, topk_ids, num_experts):
     (T, H), (_, K) = shape_of("moe_permute", "x", x, 2), shape_of("moe_permute", "topk_ids", topk_ids, 2)
     if num_experts < 0:
         raise ValueError(f"moe_permute: num_experts is {num_experts}, expected >= 0")
-    permuted = empty(T * K, H)
-    offsets, inverse = empty(num_experts + 1, dtype=np.int32), empty(T, K, dtype=np.int32)
-    _C.moe_permute(x, topk_ids, permuted, offsets, inverse)
+    permuted = empty(x, T * K, H)
+    offsets, inverse = empty(x, num_experts + 1, dtype=np.int32), empty(x, T, K, dtype=np.int32)
+    run("moe_permute", x=x, topk_ids=topk_ids, permuted=permuted, offsets=offsets, inverse=inverse)
     return permuted, offsets, inverse
 
 
@@ -75,17 +87,17 @@ def moe_unpermute(y, topk_weights, inverse, out=None):
     """
     if out is None:
         T, _ = shape_of("moe_unpermute", "topk_weights", topk_weights, 2)
-        out = empty(T, shape_of("moe_unpermute", "y", y, 2)[1])
-    _C.moe_unpermute(y, topk_weights, inverse, out)
+        out = empty(y, T, shape_of("moe_unpermute", "y", y, 2)[1])
+    run("moe_unpermute", y=y, topk_weights=topk_weights, inverse=inverse, out=out)
     return out
 
 
-def _grouped(op, kernel, x, experts, offsets, out):
+def _grouped(op, x, experts, offsets, out):
     if not isinstance(experts, ExpertWeights):
         raise TypeError(f"{op}: experts is {type(experts).__name__}, expected ExpertWeights")
     if out is None:
-        out = empty(shape_of(op, "x", x, 2)[0], experts.shape[1])
-    kernel(x, experts.table, offsets, out)
+        out = empty(x, shape_of(op, "x", x, 2)[0], experts.shape[1])
+    run(op, x=x, experts=experts.table, offsets=offsets, out=out)
     return out
 
 
@@ -97,12 +109,12 @@ def grouped_gemm(x, experts, offsets, out=None):
     Returns out.
     Raises ValueError for a shape or offsets, TypeError for a dtype or kind of array that does not fit.
     """
-    return _grouped("grouped_gemm", _C.grouped_gemm, x, experts, offsets, out)
+    return _grouped("grouped_gemm", x, experts, offsets, out)
 
 
 def grouped_gemm_int4(x, experts, offsets, out=None):
     """grouped_gemm with ExpertWeights in the published INT4 format; q * scale is exact in float32."""
-    return _grouped("grouped_gemm_int4", _C.grouped_gemm_int4, x, experts, offsets, out)
+    return _grouped("grouped_gemm_int4", x, experts, offsets, out)
 
 
 def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None):
@@ -116,7 +128,9 @@ def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None):
     for name, experts in (("gate", gate), ("up", up), ("down", down)):
         if not isinstance(experts, ExpertWeights):
             raise TypeError(f"fused_moe: {name} is {type(experts).__name__}, expected ExpertWeights")
-    out = empty(*shape_of("fused_moe", "x", x, 2)) if out is None else out
-    arguments = x, topk_weights, topk_ids, gate.table, up.table, down.table, out
-    _C.fused_moe(*arguments, empty(_C.fused_moe(*arguments, None)))
+    out = empty(x, *shape_of("fused_moe", "x", x, 2)) if out is None else out
+    arguments = dict(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
+    arguments |= dict(gate=gate.table, up=up.table, down=down.table, out=out)
+    floats = run("fused_moe", **arguments, workspace=None)
+    run("fused_moe", **arguments, workspace=empty(x, floats, dtype=np.float32))
     return out

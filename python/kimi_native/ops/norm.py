@@ -1,32 +1,31 @@
 """Normalisation."""
 
-from kimi_native import _C
-from kimi_native.ops._array import bits, empty, shape_of
+from kimi_native.ops._array import empty, run, shape_of
 
 
 def rms_norm(x, weight, eps, out=None):
     """Root mean square normalisation over the last axis.
 
-    out = x * rsqrt(mean(x**2) + eps) * weight, all in float32.
+    out = x * rsqrt(mean(x**2) + eps) * weight, computed in float32.
 
-    x: float32 [T, H], rows may be strided. weight: bfloat16 [H]. eps: float.
-    out: float32 [T, H], optional; may be x. Returns out.
+    x: float32, on the GPU bfloat16 [T, H], rows may be strided. weight: bfloat16 [H]. eps: float.
+    out: like x, optional; may be x. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
-    out = empty(*shape_of("rms_norm", "x", x, 2)) if out is None else out
-    _C.rms_norm(x, bits("rms_norm", "weight", weight), out, eps)
+    out = empty(x, *shape_of("rms_norm", "x", x, 2)) if out is None else out
+    run("rms_norm", x=x, weight=weight, out=out, eps=eps)
     return out
 
 
 def fused_add_rms_norm(x, residual, weight, eps, out=None):
     """Residual add and normalisation in one pass: residual += x, out = rms_norm(residual, weight, eps).
 
-    x: float32 [T, H]. residual: float32 [T, H], updated in place. weight: bfloat16 [H]. eps: float.
-    out: float32 [T, H], optional; must not overlap residual. Returns out.
+    x: float32, on the GPU bfloat16 [T, H]. residual: float32 [T, H], updated in place. weight: bfloat16 [H]. eps: float.
+    out: like x, optional; must not overlap residual. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "fused_add_rms_norm"
-    out = empty(*shape_of(op, "x", x, 2)) if out is None else out
-    _C.fused_add_rms_norm(x, residual, bits(op, "weight", weight), out, eps)
+    out = empty(x, *shape_of(op, "x", x, 2)) if out is None else out
+    run(op, x=x, residual=residual, weight=weight, out=out, eps=eps)
     return out

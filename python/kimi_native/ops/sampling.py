@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from kimi_native import _C
-from kimi_native.ops._array import empty, shape_of
+from kimi_native.ops._array import array_module, empty, run, shape_of
 
 
-def _per_row(name: str, value, B: int, dtype) -> np.ndarray:
-    value = np.asarray(value, dtype)
+def _per_row(xp, name: str, value, B: int, dtype):
+    value = xp.asarray(value, dtype)
     if value.shape not in ((), (B,)):
         raise ValueError(f"top_k_top_p_sample: {name} has shape {list(value.shape)}, expected a number or [B = {B}]")
-    return np.ascontiguousarray(np.broadcast_to(value, (B,)))
+    return xp.ascontiguousarray(xp.broadcast_to(value, (B,)))
 
 
 def top_k_top_p_sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -27,16 +26,17 @@ def top_k_top_p_sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min
     dtype or kind of array.
     """
     B, V = shape_of("top_k_top_p_sample", "logits", logits, 2)
-    ids = empty(B, dtype=np.int32)
-    _C.top_k_top_p_sample(
-        logits,
-        uniform,
-        _per_row("temperature", temperature, B, np.float32),
-        _per_row("top_k", top_k, B, np.int32),
-        _per_row("top_p", top_p, B, np.float32),
-        _per_row("min_p", min_p, B, np.float32),
-        empty(B, V),
-        empty(B, V, dtype=np.int32),
-        ids,
+    ids, xp = empty(logits, B, dtype=np.int32), array_module(logits)
+    run(
+        "top_k_top_p_sample",
+        logits=logits,
+        uniform=uniform,
+        temperature=_per_row(xp, "temperature", temperature, B, np.float32),
+        top_k=_per_row(xp, "top_k", top_k, B, np.int32),
+        top_p=_per_row(xp, "top_p", top_p, B, np.float32),
+        min_p=_per_row(xp, "min_p", min_p, B, np.float32),
+        probabilities=empty(logits, B, V),
+        order=empty(logits, B, V, dtype=np.int32),
+        ids=ids,
     )
     return ids
