@@ -21,8 +21,8 @@ def rms_norm(x, weight, eps, out=None):
 def fused_add_rms_norm(x, residual, weight, eps, out=None):
     """Residual add and normalisation in one pass: residual += x, out = rms_norm(residual, weight, eps).
 
-    x: float32, on the GPU bfloat16 [T, H]. residual: float32 [T, H], updated in place. weight: bfloat16 [H]. eps: float.
-    out: like x, optional; must not overlap residual. Returns out.
+    x: float32, on the GPU bfloat16 [T, H]. residual: float32 [T, H], updated in place. weight: bfloat16 [H].
+    eps: float. out: like x, optional; must not overlap residual. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "fused_add_rms_norm"
