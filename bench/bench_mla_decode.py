@@ -11,7 +11,7 @@ def bench(harness):
     N, C, width, scale = shapes.HEADS, shapes.KV_LORA_RANK, shapes.CACHE_WIDTH, shapes.SOFTMAX_SCALE
     for B, S in ((1, 4096), (1, 32768), (8, 4096), (8, 32768)):
         cache, page_table = shapes.paged_cache(rng, B, S)
-        q, lengths = shapes.random_f32(rng, B, N, width), np.full(B, S, np.int32)
+        q, lengths = shapes.random_f32(rng, B, 1, N, width), np.full(B, S, np.int32)
         harness.run(
             "mla_decode",
             f"B={B} S={S} N={N}",
@@ -26,7 +26,7 @@ def bench(harness):
 
 def numpy_mla_decode(q, cache, page_table):
     """Sequence by sequence: its rows as float32, two matrix products."""
-    out = np.empty((len(q), shapes.HEADS, shapes.KV_LORA_RANK), np.float32)
+    out = np.empty((len(q), 1, shapes.HEADS, shapes.KV_LORA_RANK), np.float32)
     for b, pages in enumerate(page_table):
         rows = cache[pages].reshape(-1, shapes.CACHE_WIDTH).astype(np.float32)  # [S, C + R]
         scores = q[b] @ rows.T

@@ -32,7 +32,7 @@ def calls():
     cu_q, cu_k, causal = np.int32([0, 40, 41, 90]), np.int32([0, 40, 340, 389]), np.int32([0, 299, 0])
     q, kv, k_pe = normal(rng, 90, 5, 48), normal(rng, 389, 5, 56), normal(rng, 389, 16)
     cache, pages = normal(rng, 40, 64, 80, dtype=BF16), rng.permutation(40).astype(np.int32).reshape(2, 20)
-    query, seq_lens = normal(rng, 2, 20, 80), np.int32([1270, 333])
+    query, seq_lens = normal(rng, 2, 3, 20, 80), np.int32([1270, 333])
     uniform, slots = rng.random(19, np.float32), rng.permutation(60)[:19]
 
     def in_place(op, *arguments):
@@ -42,6 +42,11 @@ def calls():
     def append():
         filled = poison(20, 3, 372, dtype=BF16)
         ops.append_mla_cache(x, per_head[:, 0, :20], filled, slots)
+        return [filled]
+
+    def fused_append():
+        filled = poison(20, 3, 352, dtype=BF16)
+        ops.fused_append_mla_cache(x, norm[:312], cos, sin, positions, filled, slots, 1e-6)
         return [filled]
 
     return {
@@ -58,6 +63,7 @@ def calls():
         "silu_and_mul": lambda: [ops.silu_and_mul(x)],
         "rope": lambda: [ops.rope(per_head, cos, sin, positions)],
         "append_mla_cache": append,
+        "fused_append_mla_cache": fused_append,
         "mla_prefill": lambda: list(ops.mla_prefill(q, kv, k_pe, cu_q, cu_k, causal, 0.2, return_lse=True)),
         "mla_decode": lambda: list(ops.mla_decode(query, cache, pages, seq_lens, 64, 0.2, return_lse=True)),
         "mla_decode of one sequence": lambda: [ops.mla_decode(query[:1], cache, pages[:1], seq_lens[:1], 64, 0.2)],

@@ -1,4 +1,4 @@
-"""mla_decode: absorbed attention of one query a sequence against the paged cache."""
+"""mla_decode: absorbed attention of the last queries of each sequence against the paged cache."""
 
 import numpy as np
 import pytest
@@ -72,6 +72,28 @@ def test_long_context(isa, rng, page_size):
     check(given, *ops.mla_decode(**given, return_lse=True))
 
 
+@pytest.mark.parametrize("Q", [2, 3, 17])
+def test_last_queries(isa, rng, Q):
+    """Of several queries each sees the rows up to its own; those before the sequence's start see none."""
+    given = random_arguments(rng, [Q, 0, 70, 1, 300, Q - 1], 16, N=5, Q=Q)
+    out, lse = ops.mla_decode(**given, return_lse=True)
+    check(given, out, lse)
+    for b, length in enumerate(given["seq_lens"]):
+        unseen = max(0, Q - length)
+        assert (out[b, :unseen] == 0).all() and (lse[b, :unseen] == -np.inf).all()
+        assert np.isfinite(lse[b, unseen:]).all()
+
+
+def test_queries_at_once_equal_single_ones(isa, rng):
+    given = random_arguments(rng, [70, 2, 300], 16, N=5, Q=4)
+    out, lse = ops.mla_decode(**given, return_lse=True)
+    for i in range(4):
+        seen = np.maximum(0, given["seq_lens"] - np.int32(3 - i))
+        alone = given | {"q": np.ascontiguousarray(given["q"][:, i : i + 1]), "seq_lens": seen}
+        check(alone, out[:, i : i + 1], lse[:, i : i + 1])
+        check(alone, *ops.mla_decode(**alone, return_lse=True))
+
+
 def test_out_alone(isa, rng):
     given = random_arguments(rng, [5, 40], 3)
     assert same_bits(ops.mla_decode(**given), ops.mla_decode(**given, return_lse=True)[0])
@@ -120,7 +142,7 @@ def test_rejects(rng):
     assert_rejects(op, given, "seq_lens", given["seq_lens"][:1], ValueError)
     for width in (23, 25):
         with pytest.raises(ValueError, match=r"^mla_decode: .*\b(q|cache)\b"):
-            op(**given | {"q": normal(rng, 2, 3, width)})
+            op(**given | {"q": normal(rng, 2, 1, 3, width)})
     for rank in (-1, 25, 2**31 - 1):
         assert_rejects(op, given, "kv_lora_rank", rank, ValueError)
 
