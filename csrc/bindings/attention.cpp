@@ -140,7 +140,7 @@ void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, T
   p.lse = a.dense<float>("lse", lse, T, N);
   p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
   p.kv_stride_s = kv.stride[0], p.kv_stride_n = kv.stride[1], p.k_pe_stride = k_pe.stride[0];
-  p.B = B, p.T = T, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv;
+  p.B = B, p.T = T, p.S = S, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv;
   p.scale = scale, p.continue_state = continue_state;
   KIMI_RUN(on, mla_prefill, p);
 }
@@ -199,7 +199,7 @@ void register_attention(nb::module_& m) {
   KIMI_DEFINE_CPU(m, rope);
   KIMI_DEFINE_CPU(m, append_mla_cache);
   KIMI_DEFINE_CPU(m, fused_append_mla_cache);
-  KIMI_DEFINE_CPU(m, mla_prefill);
+  KIMI_DEFINE(m, mla_prefill);
   KIMI_DEFINE_CPU(m, mla_decode);
 }
 

@@ -188,4 +188,54 @@ PTX_FN void barrier_arrive(int id, int threads PTX_CALLER) {
 #endif
 }
 
+// Loads four 8x8 matrices of 16-bit values, transposed. Lane i gives the address of row i%8 of matrix i/8. In r[j],
+// lane i gets the elements of column i/4 of matrix j in rows 2*(i%4) and 2*(i%4)+1. The whole warp.
+PTX_FN void ldmatrix_x4_trans(unsigned (&r)[4], const void* row PTX_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  struct Operand {
+    uint16_t row[8];
+    unsigned out[4];
+    const void* at;
+  } op;
+  {
+    emu::Quiet q;
+    emu::require(emu::in_shared(row, 16), "ldmatrix: the row is not in the block's shared memory", EMU_HERE);
+    emu::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "ldmatrix: misaligned row", EMU_HERE);
+  }
+  std::memcpy(op.row, row, 16);
+  op.at = row;
+  emu::collective("ldmatrix.trans", ~0u, &op, EMU_HERE, [](void** ops, unsigned) {
+    for (int m = 0; m < 4; ++m) {
+      unsigned banks = 0, used[8] = {};
+      for (int i = 0; i < 8; ++i)
+        used[reinterpret_cast<uintptr_t>(static_cast<Operand*>(ops[8 * m + i])->at) / 16 % 8]++;
+      for (unsigned n : used) banks = std::max(banks, n);
+      emu::g.stats.ldmatrix_conflicts += banks - 1;
+      for (int lane = 0; lane < 32; ++lane) {
+        const auto element = [&](int i) -> unsigned { return static_cast<Operand*>(ops[8 * m + i])->row[lane / 4]; };
+        static_cast<Operand*>(ops[lane])->out[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+      }
+    }
+    ++emu::g.stats.ldmatrix;
+  });
+  std::memcpy(r, op.out, sizeof op.out);
+#endif
+}
+
+// 2^v, relative error 2^-22; results below 2^-126 are 0.
+PTX_FN float exp2_approx(float v) {
+#if defined(__CUDACC__)
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+#else
+  return exp2f(v);
+#endif
+}
+
 }  // namespace kimi::ptx

@@ -18,7 +18,7 @@ struct MlaPrefillParams {
   const int32_t* causal_offsets;  // [B]: key j is visible to query i of its sequence iff j <= i + offset
   Activation* out;                // [T, N, Dv]
   float* lse;                     // [T, N], log of the sum of exp(score)
-  int B, T, N, Dn, R, Dv;
+  int B, T, S, N, Dn, R, Dv;
   float scale;
   bool continue_state;  // out and lse hold the result over other keys of the same queries
 };
