@@ -108,6 +108,17 @@ inline int __any_sync(unsigned mask, int p, EMU_CALLER) {
 inline int __all_sync(unsigned mask, int p, EMU_CALLER) {
   return emu::warp_reduce("__all_sync", mask, p != 0, EMU_HERE, [](bool a, bool b) { return a && b; });
 }
+// The lanes of the mask that have the same value.
+inline unsigned __match_any_sync(unsigned mask, int v, EMU_CALLER) {
+  std::pair<int, unsigned> op{v, 0};
+  emu::collective("__match_any_sync", mask, &op, EMU_HERE, [](void** ops, unsigned m) {
+    const auto at = [&](int lane) { return static_cast<std::pair<int, unsigned>*>(ops[lane]); };
+    for (int i = 0; i < 32; ++i)
+      for (int j = 0; j < 32; ++j)
+        if ((m >> i & 1) && (m >> j & 1) && at(i)->first == at(j)->first) at(i)->second |= 1u << j;
+  });
+  return op.second;
+}
 #define EMU_REDUCE(name, T, expr)                                                        \
   inline T name(unsigned mask, T v, EMU_CALLER) {                                        \
     return emu::warp_reduce(#name, mask, v, EMU_HERE, [](T a, T b) { return T(expr); }); \
