@@ -113,9 +113,9 @@ void register_linear(nb::module_& m) {
   KIMI_DEFINE_CPU(m, gemm);
   KIMI_DEFINE_CPU(m, batched_gemm);
   KIMI_DEFINE_CPU(m, gemm_int4);
-  KIMI_DEFINE_CPU(m, dequantize_int4);
-  KIMI_DEFINE_CPU(m, quantize_int4);
-  KIMI_DEFINE_CPU(m, silu_and_mul);
+  KIMI_DEFINE(m, dequantize_int4);
+  KIMI_DEFINE(m, quantize_int4);
+  KIMI_DEFINE(m, silu_and_mul);
 }
 
 }  // namespace kimi

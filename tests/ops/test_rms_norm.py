@@ -9,6 +9,8 @@ from kimi_native import ops
 
 SHAPES = [(1, 7168), (3, 7168), (2, 1536), (5, 512), (0, 64)]
 SHAPES += [(t, h) for t in (1, 2, 5, 8, 17, 33) for h in (1, 7, 31, 257)]
+# where the CUDA kernels change their ways: rows of a warp to 1536 and of a block to 8192, steps of 8 and of 4
+SHAPES += [(9, 8), (3, 12), (4, 520), (2, 1544), (1, 8192), (2, 8200)]
 
 
 @pytest.mark.parametrize(("T", "H"), SHAPES)
@@ -40,6 +42,34 @@ def test_strided_rows_and_out(on, rng):
     assert same_bits(held.base, around)
 
 
+@pytest.mark.parametrize("H", [40, 1600])
+def test_strided_rows_of_whole_vectors(on, rng, H):
+    wide, sums, around = (poison(6, H + 16, dtype=dtype) for dtype in (on.dtype, np.float32, on.dtype))
+    x, residual, out = (array[1:, 8 : H + 8] for array in (wide, sums, around))
+    x[...], residual[...] = on.normal(rng, 5, H), normal(rng, 5, H)
+    weight, total = normal(rng, H, dtype=BF16), np.float32(x) + residual
+    assert on(ops.rms_norm, x, weight, 1e-5, out=out) is out
+    assert_close(np.ascontiguousarray(out), reference.rms_norm(x, weight, 1e-5), on.dtype.name, reduction=H)
+    assert on(ops.fused_add_rms_norm, x, residual, weight, 1e-5, out=out) is out
+    assert_close(np.ascontiguousarray(out), reference.rms_norm(total, weight, 1e-5), on.dtype.name, reduction=H)
+    assert np.array_equal(residual, total)
+    for array in (sums, around):
+        assert np.isnan(array).sum() == array.size - out.size
+
+
+@pytest.mark.parametrize("H", [71, 512, 7168])
+def test_out_may_be_x(on, rng, H):
+    x, residual, weight = on.normal(rng, 3, H), normal(rng, 3, H), normal(rng, H, dtype=BF16)
+    once = reference.rms_norm(x, weight, 1e-5)
+    total = np.float32(x) + residual
+    again = x.copy()
+    assert on(ops.rms_norm, x, weight, 1e-5, out=x) is x
+    assert_close(x, once, on.dtype.name, reduction=H)
+    assert on(ops.fused_add_rms_norm, again, residual, weight, 1e-5, out=again) is again
+    assert_close(again, reference.rms_norm(total, weight, 1e-5), on.dtype.name, reduction=H)
+    assert same_bits(residual, total)
+
+
 def test_eps_matters_for_small_rows(on):
     x, weight = np.full((2, 64), 1e-3, on.dtype), np.ones(64, BF16)
     x[1] = 0
@@ -47,12 +77,13 @@ def test_eps_matters_for_small_rows(on):
         assert_close(on(ops.rms_norm, x, weight, eps), reference.rms_norm(x, weight, eps), on.dtype.name, reduction=64)
 
 
-def test_nan_stays_in_its_row(on, rng):
-    x, weight = on.normal(rng, 5, 71), np.ones(71, BF16)
-    x[2, 70] = np.nan
-    out = on(ops.rms_norm, x, weight, 1e-5)
-    assert np.isnan(out).all(axis=1).tolist() == [False, False, True, False, False]
-    assert np.isfinite(np.float32(out[[0, 1, 3, 4]])).all()
+@pytest.mark.parametrize("H", [71, 512, 7168])
+def test_nan_stays_in_its_row(on, rng, H):
+    x, residual, weight = on.normal(rng, 5, H), np.zeros((5, H), np.float32), np.ones(H, BF16)
+    x[2, H - 1] = np.nan
+    for out in (on(ops.rms_norm, x, weight, 1e-5), on(ops.fused_add_rms_norm, x, residual, weight, 1e-5)):
+        assert np.isnan(np.float32(out)).all(axis=1).tolist() == [False, False, True, False, False]
+        assert np.isfinite(np.float32(out[[0, 1, 3, 4]])).all()
 
 
 def arguments(op):
