@@ -200,7 +200,7 @@ void register_attention(nb::module_& m) {
   KIMI_DEFINE_CPU(m, append_mla_cache);
   KIMI_DEFINE_CPU(m, fused_append_mla_cache);
   KIMI_DEFINE(m, mla_prefill);
-  KIMI_DEFINE_CPU(m, mla_decode);
+  KIMI_DEFINE(m, mla_decode);
 }
 
 }  // namespace kimi
