@@ -1,5 +1,7 @@
 #include "ops/mla_prefill.h"
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 
 namespace kimi::cuda {
@@ -73,7 +75,7 @@ PTX_FN Join join(float largest, float sum, float lse_before) {
 // Any shape: a block a query and head, 128 keys at a time, a thread a key for the scores and a column for the values.
 // Columns past the first pass compute the scores again.
 __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
-  constexpr int kColumns = 4;  // a thread
+  constexpr int kPerThread = 4;  // columns
   GPU_SHARED(weight, float[kThreads]);
   GPU_SHARED(part, float[kWarps]);
   const int n = blockIdx.x % p.N, width = p.Dn + p.R;
@@ -85,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
   const float scale = p.scale * kLog2E, lse_before = p.continue_state ? p.lse[row] : -INFINITY;
   Join joined{};
 
-  for (int pass = 0; pass < p.Dv; pass += kThreads * kColumns) {
-    float value[kColumns] = {}, largest = -INFINITY, sum = at.bad ? NAN : 0.0f;
+  for (int pass = 0; pass < p.Dv; pass += kThreads * kPerThread) {
+    float value[kPerThread] = {}, largest = -INFINITY, sum = at.bad ? NAN : 0.0f;
     for (int first = 0; first < keys; first += kThreads) {
       const int count = min(kThreads, keys - first);
       float score = -INFINITY;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
       weight[threadIdx.x] = int(threadIdx.x) < count ? ptx::exp2_approx(score - base) : 0.0f;
       sum = sum * shrink + block_reduce<kThreads>(weight[threadIdx.x], 0.0f, part, Add());
       largest = top;
-      for (int c = 0; c < kColumns; ++c) {
+      for (int c = 0; c < kPerThread; ++c) {
         const int column = pass + c * kThreads + threadIdx.x;
         value[c] *= shrink;
         if (column >= p.Dv) continue;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
       __syncthreads();  // before the next weights
     }
     joined = join(largest == -INFINITY ? 0.0f : largest, sum, lse_before);
-    for (int c = 0; c < kColumns; ++c) {
+    for (int c = 0; c < kPerThread; ++c) {
       const int column = pass + c * kThreads + threadIdx.x;
       if (column >= p.Dv) continue;
       bf16* out = p.out + row * p.Dv + column;
@@ -124,10 +126,237 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
   if (threadIdx.x == 0) p.lse[row] = joined.lse;
 }
 
+// ---- the model's head sizes, by tensor cores ----
+// A block takes 128 queries of one head, each of its 4 warps 32 of them, and 64 keys at a time. Those come as chunks of
+// 64 columns through a ring of buffers: k_nope in two chunks, k_pe in one, v in two.
+constexpr int kRows = 128, kWarpRows = kRows / kWarps, kKeys = 64;
+constexpr int kDn = 128, kR = 64, kDv = 128;
+constexpr int kColumns = 64, kKeyChunks = (kDn + kR) / kColumns, kChunks = kKeyChunks + kDv / kColumns;
+constexpr int kStages = 4;
+
+struct Tiles {
+  bf16 q[kKeyChunks][kRows * kColumns];
+  bf16 ring[kStages][kKeys * kColumns];
+};
+
+// The place of 8 columns in a tile of 64: permuted, so that the same columns of 8 rows lie in different banks.
+PTX_FN int tile_at(int row, int eight) { return row * kColumns + (eight ^ row % 8) * 8; }
+
+// Rows past `rows` become zero: a weight of 0 times what lies there must be 0.
+template <int Rows>
+PTX_FN void load_tile(bf16* tile, const bf16* from, int64_t stride, int rows) {
+  const int row = threadIdx.x / 8, eight = threadIdx.x % 8;
+  from += row * stride + eight * 8;
+#pragma unroll
+  for (int i = 0; i < Rows; i += kThreads / 8) {
+    const bool inside = row + i < rows;
+    ptx::cp_async16(tile + tile_at(row + i, eight), inside ? from + i * stride : from, inside ? 16 : 0);
+  }
+}
+
+// score += q k^T over one chunk. The lane's part of score[m][j]: queries 16 m + lane / 4 and + 8, keys
+// 8 j + lane % 4 * 2 and + 1.
+PTX_FN void add_scores(float (&score)[2][8][4], const bf16* q, const bf16* k) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kColumns / 16; ++i) {
+    unsigned a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], q + m * 16 * kColumns + tile_at(lane % 16, 2 * i + lane / 16));
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      unsigned r[4];
+      ptx::ldmatrix_x4(r, k + j * 8 * kColumns + tile_at(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        ptx::mma_m16n8k16(score[m][j], a[m], {r[0], r[1]}), ptx::mma_m16n8k16(score[m][j + 1], a[m], {r[2], r[3]});
+    }
+  }
+}
+
+// value += weight v over one chunk. value[m][j]: queries as for the scores, columns 8 j + lane % 4 * 2 and + 1.
+PTX_FN void add_values(float (&value)[2][8][4], const unsigned (&weight)[2][4][4], const bf16* v) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      unsigned r[4];
+      ptx::ldmatrix_x4_trans(r, v + i * 16 * kColumns + tile_at(lane % 16, j + lane / 16));
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        ptx::mma_m16n8k16(value[m][j], weight[m][i], {r[0], r[1]}),
+            ptx::mma_m16n8k16(value[m][j + 1], weight[m][i], {r[2], r[3]});
+    }
+}
+
+// The running softmax of a lane's four rows [m][h]: queries 16 m + 8 h + lane / 4.
+struct Softmax {
+  float largest[2][2];  // score, over the row
+  float sum[2][2];      // of the weights this lane has seen
+};
+
+// Scores become weights, as bf16 in the layout of an mma operand; values so far shrink by what the largest score grew.
+PTX_FN void weigh(float (&score)[2][8][4], float scale, Softmax& s, float (&value)[2][2][8][4],
+                  unsigned (&weight)[2][4][4]) {
+  float shrink[2][2];
+  bool grew = false;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = s.largest[m][h];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(score[m][j][2 * h], score[m][j][2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float base = top == -INFINITY ? 0.0f : top * scale;
+      shrink[m][h] = ptx::exp2_approx(s.largest[m][h] * scale - base);
+      grew |= top != s.largest[m][h];
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float low = ptx::exp2_approx(fmaf(score[m][j][2 * h], scale, -base));
+        const float high = ptx::exp2_approx(fmaf(score[m][j][2 * h + 1], scale, -base));
+        sum += low + high;
+        weight[m][j / 2][j % 2 * 2 + h] = ptx::pack_bf16(low, high);
+      }
+      s.sum[m][h] = s.sum[m][h] * shrink[m][h] + sum;
+      s.largest[m][h] = top;
+    }
+  if (!__any_sync(~0u, grew)) return;
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[c][m][j][i] *= shrink[m][i / 2];
+}
+
+// Joins the warp's results with what was there, and writes them in rows of 16 bytes a lane.
+PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, float scale, const Softmax& s,
+                         const float (&value)[2][2][8][4], Tiles& tiles) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = row + 16 * m + 8 * h + lane / 4;
+      const int64_t place = (int64_t(at.first) + i) * p.N + n;
+      const bool inside = i < at.count, speaks = inside && lane % 4 == 0;  // for the four lanes of the row
+      float sum = s.sum[m][h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (at.bad) sum = NAN;
+      float lse = p.continue_state && speaks ? p.lse[place] : -INFINITY;
+      lse = __shfl_sync(~0u, lse, lane / 4 * 4);
+      const Join joined = join(sum == 0 ? 0.0f : s.largest[m][h] * scale, sum, lse);
+      if (speaks) p.lse[place] = joined.lse;
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int column = lane % 4 * 2;
+          float low = joined.here * value[c][m][j][2 * h], high = joined.here * value[c][m][j][2 * h + 1];
+          if (joined.before != 0 && inside) {
+            const bf16* before = p.out + place * kDv + c * kColumns + 8 * j + column;
+            low += joined.before * to_float(before[0]), high += joined.before * to_float(before[1]);
+          }
+          *reinterpret_cast<unsigned*>(tiles.q[c] + tile_at(i, j) + column) = ptx::pack_bf16(low, high);
+        }
+    }
+  __syncwarp();
+  for (int k = lane; k < kWarpRows * kDv / 8; k += kWarp) {
+    const int i = row + k / (kDv / 8), eight = k % (kDv / 8);
+    if (i >= at.count) continue;
+    const int64_t place = (int64_t(at.first) + i) * p.N + n;
+    *reinterpret_cast<uint4*>(p.out + place * kDv + eight * 8) =
+        *reinterpret_cast<const uint4*>(tiles.q[eight / 8] + tile_at(i, eight % 8));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(Params p) {
+  GPU_SHARED_DYNAMIC(memory, 128);
+  Tiles& tiles = *reinterpret_cast<Tiles*>(memory);
+  const int n = blockIdx.x % p.N, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp * kWarpRows;
+  const Queries at = find_queries(p, kRows, gridDim.x / p.N - 1 - blockIdx.x / p.N);  // most keys first
+  if (at.count == 0) return;
+  const int keys = at.sees(at.count - 1), key_tiles = (keys + kKeys - 1) / kKeys;
+  const int warp_keys = row < at.count ? at.sees(min(row + kWarpRows, at.count) - 1) : 0;
+  const float scale = p.scale * kLog2E;
+
+  const bf16* const q = p.q + at.first * p.q_stride_t + n * p.q_stride_n;
+  const bf16* const kv = p.kv + at.key * p.kv_stride_s + n * p.kv_stride_n;
+  const bf16* const k_pe = p.k_pe + at.key * p.k_pe_stride;
+  const auto load = [&](int tile, int chunk) {
+    if (tile < key_tiles) {
+      const bool pe = chunk == kKeyChunks - 1;
+      const int64_t first = int64_t(tile) * kKeys, stride = pe ? p.k_pe_stride : p.kv_stride_s;
+      const bf16* from = pe ? k_pe : kv + (chunk < kKeyChunks ? chunk : chunk - 1) * kColumns;
+      load_tile<kKeys>(tiles.ring[(tile * kChunks + chunk) % kStages], from + first * stride, stride,
+                       keys - tile * kKeys);
+    }
+    ptx::cp_async_commit();  // also an empty group: they are counted
+  };
+  // Waits for a chunk and orders the one that takes the buffer of the chunk before it.
+  const auto take = [&](int tile, int chunk) -> const bf16* {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // the chunk is there for all, and nobody still reads the buffer that is loaded next
+    load(tile + (chunk + kStages - 1) / kChunks, (chunk + kStages - 1) % kChunks);
+    return tiles.ring[(tile * kChunks + chunk) % kStages];
+  };
+  for (int c = 0; c < kKeyChunks; ++c) load_tile<kRows>(tiles.q[c], q + c * kColumns, p.q_stride_t, at.count);
+  for (int c = 0; c < kStages - 1; ++c) load(0, c);
+
+  float value[2][2][8][4] = {};
+  Softmax s{{{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}}, {}};
+  for (int tile = 0; tile < key_tiles; ++tile) {
+    const bool works = tile * kKeys < warp_keys;  // else this warp only loads
+    float score[2][8][4] = {};
+    unsigned weight[2][4][4];
+#pragma unroll
+    for (int c = 0; c < kKeyChunks; ++c) {
+      const bf16* k = take(tile, c);
+      if (works) add_scores(score, tiles.q[c] + row * kColumns, k);
+    }
+    if (works) {
+      if ((tile + 1) * kKeys > at.sees(row)) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (tile * kKeys + 8 * j + lane % 4 * 2 + i % 2 >= at.sees(row + 16 * m + i / 2 * 8 + lane / 4))
+                score[m][j][i] = -INFINITY;
+      }
+      weigh(score, scale, s, value, weight);
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const bf16* v = take(tile, kKeyChunks + c);
+      if (works) add_values(value[c], weight, v);
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // q is there in any case: its rows are this warp's place to order the results
+  store_values(p, at, n, row, scale, s, value, tiles);
+}
+
 }  // namespace
 
 void mla_prefill(const Params& p, Stream stream) {
-  gpu::launch(mla_prefill_plain_kernel, dim3(unsigned(p.T) * p.N), dim3(kThreads), 0, stream, p);
+  const bool fast = p.Dn == kDn && p.R == kR && p.Dv == kDv && p.scale > 0 && aligned16(p.q) && aligned16(p.kv) &&
+                    aligned16(p.k_pe) && aligned16(p.out) && p.q_stride_t % 8 == 0 && p.q_stride_n % 8 == 0 &&
+                    p.kv_stride_s % 8 == 0 && p.kv_stride_n % 8 == 0 && p.k_pe_stride % 8 == 0;
+  if (fast) {
+    const int blocks = p.T / kRows + std::min(p.T, p.B);  // each sequence has one that is not full at most
+    gpu::launch(mla_prefill_kernel, dim3(unsigned(blocks) * p.N), dim3(kThreads), sizeof(Tiles), stream, p);
+  } else {
+    gpu::launch(mla_prefill_plain_kernel, dim3(unsigned(p.T) * p.N), dim3(kThreads), 0, stream, p);
+  }
 }
 
 }  // namespace kimi::cuda
