@@ -1,4 +1,4 @@
-// Instructions of sm_90a: mbarrier, bulk tensor copies, wgmma. As in ptx.h, each for both compilers.
+// Instructions of sm_90a: mbarrier, bulk tensor copies, wgmma. As in ptx.cuh, each for both compilers.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -8,6 +8,7 @@
 #else
 struct CUtensorMap {  // of a bf16 matrix, in boxes 64 wide
   const kimi::bf16* base;
+  int64_t stride;
   int rows, cols, box_rows;
 };
 #endif
@@ -47,6 +48,33 @@ PTX_FN void mbarrier_arrive_expect(uint64_t* bar, int bytes PTX_CALLER) {
 #endif
 }
 
+// Arrives when all cp.async that this thread has issued are done, without waiting for them. Orders nothing else.
+PTX_FN void mbarrier_arrive_after_copies(uint64_t* bar PTX_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+#else
+  emu::mbarrier_arrive_after_copies(bar, EMU_HERE);
+#endif
+}
+
+// Copies Bytes, 8 or 16, from global to shared memory, or zeros if not `valid`; brings the whole line of 128 bytes to
+// the L2 cache, which is for neighbours that are read next.
+template <int Bytes>
+PTX_FN void cp_async_line(void* dst, const void* src, bool valid PTX_CALLER) {
+#if defined(__CUDACC__)
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(shared_address(dst)), "l"(src),
+                 "n"(Bytes), "r"(valid ? Bytes : 0)
+                 : "memory");
+#else
+  emu::copy_async(dst, src, Bytes, valid ? Bytes : 0, EMU_HERE);
+#endif
+}
+
 // Waits until the phase of the given parity is complete.
 PTX_FN void mbarrier_wait(uint64_t* bar, int parity PTX_CALLER) {
 #if defined(__CUDACC__)
@@ -80,7 +108,7 @@ PTX_FN void tensor_load(void* dst, const CUtensorMap* map, int row, int col, uin
           for (int c = 0; c < 64; ++c) {
             const bool in = row + r >= 0 && row + r < m.rows && col + c >= 0 && col + c < m.cols;
             bf16* to = static_cast<bf16*>(dst) + r * 64 + ((c / 8) ^ (r % 8)) * 8 + c % 8;
-            *to = in ? m.base[size_t(row + r) * m.cols + col + c] : bf16{0};
+            *to = in ? m.base[(row + r) * m.stride + col + c] : bf16{0};
           }
       },
       bar, m.box_rows * 128, EMU_HERE);
@@ -100,9 +128,26 @@ PTX_FN Tile tile_at(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 PTX_FN Tile tile_step(Tile t, int k) { return t + k * 2; }
 #endif
 
+// Gives registers of this warpgroup back, or takes more: Count each thread, a multiple of 8. All its warps execute it.
+template <int Count>
+PTX_FN void give_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+template <int Count>
+PTX_FN void take_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+
+// Between writes of registers and the wgmma that uses them.
 PTX_FN void wgmma_fence() {
 #if defined(__CUDACC__)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emu::wgmma_fence();
 #endif
 }
 
@@ -117,89 +162,103 @@ PTX_FN void wgmma_commit(PTX_ONLY_CALLER) {
 #endif
 }
 
-// Waits until at most N groups are in flight; only then may the results be read.
+// Waits until at most N groups are in flight; only then may their results be read and their a be written.
 template <int N>
 PTX_FN void wgmma_wait(PTX_ONLY_CALLER) {
 #if defined(__CUDACC__)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #else
-  emu::group_collective("wgmma.wait_group", nullptr, EMU_HERE, [](emu::Group& g) {
-    for (; g.pending.size() > N; g.pending.pop_front())
-      for (auto& f : g.pending.front()) f();
-  });
+  emu::wgmma_wait(N, EMU_HERE);
 #endif
 }
 
-// d += a * b^T, a 64x16 and b 64x16. Thread i of the warpgroup has, with w = i/32, g = i%32/4, t = 2*(i%4):
-// d[4j], d[4j+1] = row 16w+g at 8j+t, 8j+t+1, then d[4j+2], d[4j+3] = row 16w+g+8. The whole warpgroup.
-PTX_FN void wgmma_m64n64k16(float (&d)[32], Tile a, Tile b PTX_CALLER) {
+// Stands for a use of registers here: put after a wait, it keeps the compiler from moving reads of results before it,
+// and from giving the registers of operands in flight to others.
+template <int N>
+PTX_FN void hold([[maybe_unused]] float (&r)[N]) {
 #if defined(__CUDACC__)
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-      "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b)
-      : "memory");
-#else
-  emu::group_collective("wgmma", &d, EMU_HERE, [=](emu::Group& group) {
-    std::array<float*, 128> out;
-    for (int i = 0; i < 128; ++i) out[i] = static_cast<float*>(group.operand[i]);
-    const auto run = [=] {
-      static float A[64][16], B[16][64], D[64][64];
-      const auto element = [](Tile tile, int row, int k) {
-        uintptr_t at = tile + row * 128 + k * 2;
-        at ^= (at >> 7 & 7) << 4;  // the 128-byte swizzle
-        return to_float(*reinterpret_cast<const bf16*>(at));
-      };
-      for (int r = 0; r < 64; ++r)
-        for (int k = 0; k < 16; ++k) A[r][k] = element(a, r, k), B[k][r] = element(b, r, k);
-      const auto each = [&](auto f) {
-        for (int i = 0; i < 128; ++i)
-          for (int v = 0; v < 32; ++v)
-            f(out[i][v], D[i / 32 * 16 + i % 32 / 4 + v % 4 / 2 * 8][v / 4 * 8 + i % 4 * 2 + v % 2]);
-      };
-      each([](float& d, float& at) { at = d; });
-      for (int m = 0; m < 64; ++m)
-        for (int k = 0; k < 16; ++k)
-          for (int n = 0; n < 64; ++n) D[m][n] += A[m][k] * B[k][n];
-      each([](float& d, float& at) { d = at; });
-    };
-    const bool now = emu::g.config.order == emu::Order::descending ||
-                     (emu::g.config.order == emu::Order::random && group.open.empty() && group.pending.empty() &&
-                      emu::g.random() % 2);
-    if (now)
-      run();
-    else
-      group.open.push_back(run);
-  });
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
 #endif
 }
+template <int N>
+PTX_FN void hold([[maybe_unused]] unsigned (&r)[N]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(r[i])::"memory");
+#endif
+}
+
+#if defined(__CUDACC__)
+#define KIMI_D8(i)                                                                                            \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define KIMI_D32(i) KIMI_D8(i), KIMI_D8(i + 8), KIMI_D8(i + 16), KIMI_D8(i + 24)
+#define KIMI_R0                                                                                                        \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31"
+#define KIMI_R32 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define KIMI_R48 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define KIMI_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+#endif
+
+// d += a * b^T, a 64x16 in registers, b a tile of N = 64, 96 or 128 rows, 16 deep. Of the warpgroup's thread i, with
+// w = i/32, g = i%32/4, t = 2*(i%4): a = rows 16w+g, 16w+g+8, 16w+g, 16w+g+8 at k = t, t, t+8, t+8, two adjacent values
+// each; d[4j], d[4j+1] = row 16w+g at 8j+t, 8j+t+1, then d[4j+2], d[4j+3] = row 16w+g+8. The whole warpgroup.
+template <int N>
+PTX_FN void wgmma_m64k16(float (&d)[N / 2], const unsigned (&a)[4], Tile b PTX_CALLER) {
+  static_assert(N == 64 || N == 96 || N == 128);
+#if defined(__CUDACC__)
+  if constexpr (N == 64)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" KIMI_R0
+                 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : KIMI_D32(0)
+                 : KIMI_A);
+  else if constexpr (N == 96)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" KIMI_R0 "," KIMI_R32
+                 "}, {%48,%49,%50,%51}, %52, 1, 1, 1, 0;"
+                 : KIMI_D32(0), KIMI_D8(32), KIMI_D8(40)
+                 : KIMI_A);
+  else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" KIMI_R0 "," KIMI_R32 "," KIMI_R48
+                 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : KIMI_D32(0), KIMI_D32(32)
+                 : KIMI_A);
+#else
+  emu::wgmma_m64k16<N>(d, a, b, EMU_HERE);
+#endif
+}
+
+#if defined(__CUDACC__)
+#undef KIMI_D8
+#undef KIMI_D32
+#undef KIMI_R0
+#undef KIMI_R32
+#undef KIMI_R48
+#undef KIMI_A
+#endif
 
 }  // namespace kimi::ptx
 
 namespace kimi::gpu {
-// A map of a row-major bf16 matrix for tensor_load, in boxes of box_rows x 64.
-inline CUtensorMap tensor_map(const bf16* base, int rows, int cols, int box_rows) {
+// A map of a bf16 matrix for tensor_load, in boxes of box_rows x 64. base and stride (in elements) allow 16-byte loads.
+inline CUtensorMap tensor_map(const bf16* base, int rows, int cols, int64_t stride, int box_rows) {
 #if defined(__CUDACC__)
   CUtensorMap map;
-  cuuint64_t size[2] = {cuuint64_t(cols), cuuint64_t(rows)}, stride[1] = {cuuint64_t(cols) * 2};
+  cuuint64_t size[2] = {cuuint64_t(cols), cuuint64_t(rows)}, step_bytes[1] = {cuuint64_t(stride) * 2};
   cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
   void* encode = nullptr;
   cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("CUDA: no cuTensorMapEncodeTiled");
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found), "driver");
+  if (found != cudaDriverEntryPointSuccess) throw Error("the driver has no cuTensorMapEncodeTiled");
   const CUresult r = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(base), size, stride, box, step,
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(base), size, step_bytes, box, step,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r != CUDA_SUCCESS) throw std::runtime_error("CUDA: cuTensorMapEncodeTiled failed");
+  if (r != CUDA_SUCCESS) throw Error("cuTensorMapEncodeTiled failed");
   return map;
 #else
-  return {base, rows, cols, box_rows};
+  return {base, stride, rows, cols, box_rows};
 #endif
 }
 }  // namespace kimi::gpu

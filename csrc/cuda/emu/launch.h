@@ -50,7 +50,7 @@ inline void run_block() {
   std::vector<Thread*> all;
   for (unsigned i = 0; i < g.threads.size(); ++i) {
     Thread& t = *g.threads[i];
-    t.waits = nullptr, t.open.clear(), t.groups.clear();
+    t.waits = nullptr, t.open.clear(), t.groups.clear(), t.fenced = false, t.held.clear();
     if (i >= n) continue;
     t.tid = {i % g.block.x, i / g.block.x % g.block.y, i / g.block.x / g.block.y};
     t.lane = i % 32, t.warp = i / 32;

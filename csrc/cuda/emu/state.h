@@ -22,6 +22,11 @@ struct Copy {  // one cp.async
   int bytes, zeros;
 };
 
+struct Held {  // registers that are an operand of wgmma, and what they held at the last wgmma.fence
+  const unsigned* at;
+  unsigned fenced[4];
+};
+
 struct Thread : Fiber {
   uint3 tid;
   unsigned lane, warp;
@@ -29,6 +34,8 @@ struct Thread : Fiber {
   const char* waits = nullptr;
   std::vector<Copy> open;                // issued, not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, perhaps not yet done
+  bool fenced = false;                   // a wgmma.fence since it last waited for all wgmma
+  std::vector<Held> held;                // operands of wgmma since then
 };
 
 struct Rendezvous {  // threads that wait for each other
