@@ -7,8 +7,9 @@ from functools import cache
 
 import numpy as np
 from arrays import BF16
+from cublas import Cublas
 from kimi_native import ops
-from kimi_native.ops import _array
+from kimi_native.ops import _array, _cublas
 
 ORDERS = {"ascending": (0, 0), "descending": (1, 0), "random0": (2, 0), "random1": (2, 1)}  # of CUDA threads
 
@@ -58,7 +59,10 @@ class Cpu:
 
 
 class Emulated(Cpu):
-    """The CUDA kernels on the host, their threads scheduled in a given order, on bf16 activations in NumPy arrays."""
+    """The CUDA kernels on the host, their threads scheduled in a given order, on bf16 activations in NumPy arrays.
+
+    Dense products go to a stand-in for cuBLAS.
+    """
 
     cuda = emulated = True
     dtype = BF16
@@ -71,9 +75,12 @@ class Emulated(Cpu):
     @contextmanager
     def active(self):
         previous, _array.extension = _array.extension, self.extension
+        library, _cublas.library = _cublas.library, Cublas()
+        vars(_cublas._local).clear()
         self.extension.configure(*self.order)
         yield
-        _array.extension = previous
+        _array.extension, _cublas.library = previous, library
+        vars(_cublas._local).clear()
 
 
 class Cuda(Cpu):

@@ -39,6 +39,16 @@ def _backend(request):
 
 
 @pytest.fixture
+def emulator():
+    """Puts the CUDA kernels in the emulator in place; skips where it is not built."""
+    found = backends().get("emulated-ascending")
+    if found is None:
+        pytest.skip("the extension _E, the emulator, is not built")
+    with found.active():
+        yield found
+
+
+@pytest.fixture
 def isa(request):
     """Selects the instruction set for the test and restores the previous one; its value is the name."""
     from kimi_native import ops

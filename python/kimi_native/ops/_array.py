@@ -37,13 +37,37 @@ def gpu_arrays():
 
 def array_module(x):
     """The library that x is an array of: CuPy or NumPy."""
-    return gpu_arrays() if on_gpu(x) else np
+    if extension is not _C or not on_gpu(x):
+        return np
+    import cupy
+
+    return cupy
+
+
+def to_host(x) -> np.ndarray:
+    """A NumPy array with the values of x, which waits for the GPU if x lives there. NumPy arrays stay."""
+    return x if array_module(x) is np else x.get()
+
+
+def device_of(x) -> int:
+    """The index of the GPU on which x lies; NumPy arrays lie on none, for the emulator that is GPU 0."""
+    return 0 if array_module(x) is np else x.device.id
+
+
+def stream_of(x) -> int:
+    """Where an op on x is queued: CuPy's current stream, 0 on the CPU."""
+    xp = array_module(x)
+    return 0 if xp is np else xp.cuda.get_current_stream().ptr
+
+
+def address(x) -> int:
+    """Where the first element of x lies."""
+    return x.ctypes.data if array_module(x) is np else x.data.ptr
 
 
 def run(op: str, **arguments):
     """Call the extension's `op` with the arguments in their order, on CuPy's current stream if they are on the GPU."""
-    first = next(iter(arguments.values()))
-    stream = array_module(first).cuda.get_current_stream().ptr if on_gpu(first) and extension is _C else 0
+    stream = stream_of(next(iter(arguments.values())))
     return getattr(extension, op)(*(bits(op, name, x) for name, x in arguments.items()), stream)
 
 
