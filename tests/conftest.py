@@ -2,7 +2,8 @@
 name of the test.
 
 Backends: the instruction sets of this CPU; the CUDA kernels in the emulator, their threads in several orders, where the
-extension _E is built; the CUDA kernels on a GPU where there is one. The report's header names them.
+extension _E is built; the CUDA kernels on a GPU where there is one. The report's header names them. `--backends PREFIX`
+runs only the tests of ops, and only on the backends whose names begin so.
 """
 
 import zlib
@@ -12,12 +13,29 @@ import pytest
 from backends import backends, instruction_sets
 
 
+def pytest_addoption(parser):
+    parser.addoption("--backends", metavar="PREFIX", help="run only tests of ops, on backends whose names begin so")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU")
+    if not chosen(config):
+        raise pytest.UsageError(f"no backend begins with {config.option.backends}: there are {', '.join(backends())}")
 
 
-def pytest_report_header():
-    return f"backends under test: {', '.join(backends())}"
+def chosen(config):
+    """name -> backend, of those under test."""
+    return {name: b for name, b in backends().items() if name.startswith(config.option.backends or "")}
+
+
+def pytest_report_header(config):
+    return f"backends under test: {', '.join(chosen(config))}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.backends:
+        config.hook.pytest_deselected(items=[item for item in items if "on" not in item.fixturenames])
+        items[:] = [item for item in items if "on" in item.fixturenames]
 
 
 def pytest_generate_tests(metafunc):
@@ -25,7 +43,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("isa", instruction_sets(), indirect=True)
     if "on" in metafunc.fixturenames:
         marks = {"cuda": [pytest.mark.cuda]}
-        metafunc.parametrize("on", [pytest.param(b, id=n, marks=marks.get(n, [])) for n, b in backends().items()])
+        metafunc.parametrize(
+            "on", [pytest.param(b, id=n, marks=marks.get(n, [])) for n, b in chosen(metafunc.config).items()]
+        )
 
 
 @pytest.fixture(autouse=True)

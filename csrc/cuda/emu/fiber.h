@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 
 #include <cstddef>
-#include <deque>
 #include <new>
 
 #include "cuda/emu/sanitizers.h"
@@ -45,13 +44,7 @@ swap_stacks(void** /*save*/, void* /*load*/) {
 }
 #endif
 
-#if defined(__SANITIZE_THREAD__)
-inline std::deque<void*>& spent_fibers() {
-  static std::deque<void*> all;
-  return all;
-}
-#endif
-
+// Has the fiber start at `entry`, which never returns, when it is first switched to.
 inline void make_fiber(Fiber& f, void (*entry)()) {
   if (!f.stack) {
     void* p =
@@ -60,14 +53,10 @@ inline void make_fiber(Fiber& f, void (*entry)()) {
     f.stack = static_cast<char*>(p) + kGuard;
   }
 #if defined(__SANITIZE_THREAD__)
-  // A thread of another block is another thread. ThreadSanitizer takes one that it is told has ended for
-  // its successor, so they are kept to the end of the launch, as far as its limit of 8128 allows.
-  if (f.tsan) spent_fibers().push_back(f.tsan);
-  if (spent_fibers().size() > 4096) __tsan_destroy_fiber(spent_fibers().front()), spent_fibers().pop_front();
   f.tsan = __tsan_create_fiber(0);
-  constexpr size_t used = 64 << 10;  // and has another stack: forget who wrote to this one
-  mmap(f.stack + kStack - used, used, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-       -1, 0);
+  // another thread's stack from now on: forget who wrote to it
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  mmap(f.stack, kStack, PROT_READ | PROT_WRITE, kFlags, -1, 0);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   f.bottom = f.stack, f.size = kStack, f.fake = nullptr;
@@ -96,9 +85,9 @@ inline void arrived([[maybe_unused]] Fiber& self, [[maybe_unused]] Fiber& main) 
 #endif
 }
 
-inline void switch_fiber(Fiber& from, Fiber& to, Fiber& main, [[maybe_unused]] bool last = false) {
+inline void switch_fiber(Fiber& from, Fiber& to, Fiber& main) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake, to.bottom, to.size);
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.size);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);

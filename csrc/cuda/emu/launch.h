@@ -28,37 +28,57 @@ inline void thread_ends(Thread& t) {
       fail(std::string("a lane returned while others of its mask wait in ") + c.name + " at " + c.site.str());
 }
 
+// A fiber is the thread of its index in one block after another.
 inline void thread_main() {
   arrived(*g.cur, g.main);
-  order_after(&g.started);
-  g.call(g.arg);
-  order_before(&g.ended);
-  thread_ends(*g.cur);
-  run_next(true);
-  std::abort();
+  for (;;) {
+    order_after(&g.started);
+    g.call(g.arg);
+    order_before(&g.ended);
+    thread_ends(*g.cur);
+    run_next();
+  }
 }
 
 inline void run_block() {
   const unsigned n = g.block.x * g.block.y * g.block.z;
-  g.warps.assign((n + 31) / 32, Warp{});
+  // new ones, and not the old ones reset: by its address ThreadSanitizer would order this block after the one before
+  g.warps = std::vector<Warp>((n + 31) / 32);
+  g.barrier = std::vector<Rendezvous>(16);
   if (n % 32) g.warps.back().exited = ~0u << (n % 32);
   g.groups.assign(n / 128, Group{});
-  for (auto& b : g.barrier) b.arrived = 0, b.waiting.clear();
-  g.mbarriers.clear(), g.bulk.clear();
-  g.alive = n, g.exited = 0, g.error.clear(), g.ready.clear();
+  g.mbarriers.clear();
+  g.bulk.clear();
+  g.alive = n;
+  g.exited = 0;
+  g.ready.clear();
+#if defined(__SANITIZE_THREAD__)
+  g.spare.push_back(std::move(g.threads));
+  g.threads = std::move(g.spare.front());
+  g.spare.pop_front();
+#endif
   while (g.threads.size() < n) g.threads.push_back(std::make_unique<Thread>());
   std::vector<Thread*> all;
-  for (unsigned i = 0; i < g.threads.size(); ++i) {
+  for (unsigned i = 0; i < n; ++i) {
     Thread& t = *g.threads[i];
-    t.waits = nullptr, t.open.clear(), t.groups.clear(), t.fenced = false, t.held.clear();
-    if (i >= n) continue;
+    t.open.clear();
+    t.groups.clear();
+    t.fenced = false;
+    t.held.clear();
     t.tid = {i % g.block.x, i / g.block.x % g.block.y, i / g.block.x / g.block.y};
-    t.lane = i % 32, t.warp = i / 32;
-    make_fiber(t, thread_main);
+    t.lane = i % 32;
+    t.warp = i / 32;
+    if (!t.made) make_fiber(t, thread_main);
+    t.made = true;
     all.push_back(&t);
   }
   wake(all);
   switch_fiber(g.main, next_fiber(), g.main);
+  if (!g.error.empty())  // abandoned where they are
+    for (Thread* t : all) {
+      t->made = false;
+      t->waits = nullptr;
+    }
   free_shared();
 }
 
@@ -68,7 +88,11 @@ void run(dim3 grid, dim3 block, size_t dynamic, F&& kernel) {
   const size_t n = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
   if (n == 0 || n > 1024 || block.z > 64) throw std::invalid_argument("emu: bad block size");
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535) throw std::invalid_argument("emu: bad grid size");
-  g.grid = grid, g.block = block, g.dynamic = dynamic, g.rng = g.config.seed;
+  g.grid = grid;
+  g.block = block;
+  g.dynamic = dynamic;
+  g.rng = g.config.seed;
+  g.error.clear();
   g.call = [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); };
   g.arg = const_cast<void*>(static_cast<const void*>(&kernel));
 #if defined(__SANITIZE_ADDRESS__)
@@ -76,7 +100,6 @@ void run(dim3 grid, dim3 block, size_t dynamic, F&& kernel) {
 #endif
 #if defined(__SANITIZE_THREAD__)
   g.main.tsan = __tsan_get_current_fiber();
-  for (; !spent_fibers().empty(); spent_fibers().pop_front()) __tsan_destroy_fiber(spent_fibers().front());
 #endif
   order_before(&g.started);  // blocks of one launch are not ordered among each other
   std::vector<size_t> order(blocks);
@@ -86,12 +109,7 @@ void run(dim3 grid, dim3 block, size_t dynamic, F&& kernel) {
   for (size_t i : order) {
     g.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     run_block();
-    if (!g.error.empty()) {
-#if defined(__SANITIZE_THREAD__)
-      for (auto& t : g.threads) t->tsan = nullptr;  // abandoned mid-way: cannot be destroyed
-#endif
-      throw std::runtime_error("emu: " + g.error);
-    }
+    if (!g.error.empty()) throw std::runtime_error("emu: " + g.error);
   }
   order_after(&g.ended);
 }

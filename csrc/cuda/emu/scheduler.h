@@ -39,10 +39,10 @@ inline Fiber& next_fiber() {
   return *g.cur;
 }
 
-inline void run_next(bool last = false) {
+inline void run_next() {
   Fiber& self = *g.cur;
   Fiber& next = next_fiber();
-  if (&next != &self) switch_fiber(self, next, g.main, last);
+  if (&next != &self) switch_fiber(self, next, g.main);
 }
 
 // Stops the launch: run() throws. The fibers of the block are abandoned where they are.

@@ -28,6 +28,7 @@ struct Held {  // registers that are an operand of wgmma, and what they held at 
 };
 
 struct Thread : Fiber {
+  bool made = false;  // it is a fiber that waits for its next block
   uint3 tid;
   unsigned lane, warp;
   Site where;  // of the barrier or collective it waits at
@@ -103,7 +104,7 @@ struct State {
   std::vector<Thread*> ready;
   std::vector<Warp> warps;
   std::vector<Group> groups;
-  Rendezvous barrier[16];
+  std::vector<Rendezvous> barrier;
   std::map<const void*, Mbarrier> mbarriers;
   std::vector<std::function<void()>> bulk;  // copies in flight that no thread carries out
   std::vector<Shared> shared;
@@ -114,6 +115,10 @@ struct State {
   std::string error;
   uint64_t rng = 1;
   std::vector<std::unique_ptr<Thread>> threads;
+#if defined(__SANITIZE_THREAD__)
+  // The threads of the blocks before: those of a block must not be ordered by having been those of its neighbour.
+  std::deque<std::vector<std::unique_ptr<Thread>>> spare{3};
+#endif
   char started, ended, fence;  // what ThreadSanitizer orders by
 
   uint64_t random() {  // splitmix64
