@@ -48,6 +48,7 @@ if(KIMI_EMULATOR)
   add_library(kimi_emulator STATIC ${KIMI_CUDA_SOURCES} ${KIMI_SM90_SOURCES})
   set_source_files_properties(${KIMI_CUDA_SOURCES} ${KIMI_SM90_SOURCES} PROPERTIES LANGUAGE CXX)
   target_link_libraries(kimi_emulator PUBLIC kimi_options)
-  target_compile_options(kimi_emulator PRIVATE -x c++ -Wno-unknown-pragmas -Wno-shadow)
+  target_compile_options(kimi_emulator PRIVATE -x c++ -Wno-unknown-pragmas -Wno-shadow
+    -fno-strict-aliasing)  # kernels load vectors from arrays of scalars, as CUDA code does
   target_compile_definitions(kimi_emulator PUBLIC KIMI_CUDA KIMI_EMULATOR)
 endif()

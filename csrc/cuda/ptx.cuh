@@ -235,27 +235,29 @@ PTX_FN float exp2_approx(float v) {
   return r;
 #else
   return exp2f(v);
-
-  // Transposes an 8x8 matrix of 16-bit values: lane i gives, and gets, elements 2*(i%4) and 2*(i%4)+1 of row i/4. The
-  // whole warp.
-  PTX_FN unsigned transpose_8x8(unsigned v PTX_CALLER) {
-#if defined(__CUDACC__)
-    unsigned r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-    return r;
-#else
-    struct Operand {
-      unsigned in, out;
-    } op{v, 0};
-    emu::collective("movmatrix", ~0u, &op, EMU_HERE, [](void** ops, unsigned) {
-      const auto at = [&](int row, int column) {
-        return static_cast<Operand*>(ops[4 * row + column / 2])->in >> column % 2 * 16 & 0xffffu;
-      };
-      for (int i = 0; i < 32; ++i)
-        static_cast<Operand*>(ops[i])->out = at(i % 4 * 2, i / 4) | at(i % 4 * 2 + 1, i / 4) << 16;
-    });
-    return op.out;
 #endif
-  }
+}
+
+// Transposes an 8x8 matrix of 16-bit values: lane i gives, and gets, elements 2*(i%4) and 2*(i%4)+1 of row i/4. The
+// whole warp.
+PTX_FN unsigned transpose_8x8(unsigned v PTX_CALLER) {
+#if defined(__CUDACC__)
+  unsigned r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+#else
+  struct Operand {
+    unsigned in, out;
+  } op{v, 0};
+  emu::collective("movmatrix", ~0u, &op, EMU_HERE, [](void** ops, unsigned) {
+    const auto at = [&](int row, int column) {
+      return static_cast<Operand*>(ops[4 * row + column / 2])->in >> column % 2 * 16 & 0xffffu;
+    };
+    for (int i = 0; i < 32; ++i)
+      static_cast<Operand*>(ops[i])->out = at(i % 4 * 2, i / 4) | at(i % 4 * 2 + 1, i / 4) << 16;
+  });
+  return op.out;
+#endif
+}
 
 }  // namespace kimi::ptx
