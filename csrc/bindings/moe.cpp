@@ -214,7 +214,7 @@ void register_moe(nb::module_& m) {
       .def("place", &ExpertTable::place)
       .def_prop_ro("shape",
                    [](const ExpertTable& t) { return nb::make_tuple(t.weight.size(), t.n_out.size, t.n_in.size); });
-  KIMI_DEFINE_CPU(m, topk_sigmoid);
+  KIMI_DEFINE(m, topk_sigmoid);
   KIMI_DEFINE(m, moe_permute);
   KIMI_DEFINE(m, moe_unpermute);
   KIMI_DEFINE_CPU(m, grouped_gemm);

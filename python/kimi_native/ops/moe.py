@@ -37,10 +37,12 @@ def topk_sigmoid(logits, bias, top_k, routed_scaling_factor=1.0, norm_topk_prob=
     """Choose experts: s = sigmoid(logits); the top_k largest of s + bias; weights from s alone.
 
     w = s[ids]; if norm_topk_prob: w /= sum(w) + 1e-20; w *= routed_scaling_factor.
-    logits: float32 [T, E], rows may be strided. bias: float32 [E] (e_score_correction_bias). top_k: 1 to E.
+    logits: float32 [T, E], rows may be strided; on the GPU E is at most 1024. bias: float32 [E]
+    (e_score_correction_bias). top_k: 1 to E.
     Returns (weights float32 [T, top_k], ids int32 [T, top_k]) in descending order of choice, ties to the lower index.
     NaN ranks below everything; every slot is written whatever comes in.
-    Raises ValueError for a shape or top_k, TypeError for a dtype or kind of array that does not fit.
+    Raises ValueError for a shape or top_k, TypeError for a dtype or kind of array that does not fit, RuntimeError for
+    more experts than the GPU routes.
     Source: DeepSeek-AI 2024, arXiv 2412.19437 (auxiliary-loss-free balancing).
     """
     T, E = shape_of("topk_sigmoid", "logits", logits, 2)
@@ -63,11 +65,13 @@ def topk_sigmoid(logits, bias, top_k, routed_scaling_factor=1.0, norm_topk_prob=
 def moe_permute(x, topk_ids, num_experts):
     """Sort (token, slot) rows by expert, stable.
 
-    x: float32 [T, H], rows may be strided. topk_ids: int32 [T, K], -1 (skipped) or 0 <= id < num_experts.
-    Returns (permuted float32 [T * K, H], offsets int32 [num_experts + 1], inverse int32 [T, K]): expert e has rows
+    x: float32, on the GPU bfloat16 [T, H], rows may be strided. topk_ids: int32 [T, K], -1 (skipped) or
+    0 <= id < num_experts, on the GPU at most 1024.
+    Returns (permuted like x [T * K, H], offsets int32 [num_experts + 1], inverse int32 [T, K]): expert e has rows
     offsets[e] .. offsets[e + 1], row inverse[t, k] is token t; skipped slots have inverse -1, rows behind the last
     expert are zero.
-    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit.
+    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit. On the GPU the ids
+    are not read beforehand: one that no expert has counts as -1.
     """
     (T, H), (_, K) = shape_of("moe_permute", "x", x, 2), shape_of("moe_permute", "topk_ids", topk_ids, 2)
     if num_experts < 0:
@@ -81,9 +85,10 @@ def moe_permute(x, topk_ids, num_experts):
 def moe_unpermute(y, topk_weights, inverse, out=None):
     """The weighted way back: out[t] = sum_k topk_weights[t, k] * y[inverse[t, k]], slots of -1 left out.
 
-    y: float32 [M, H]. topk_weights: float32 [T, K]. inverse: int32 [T, K], -1 or a row of y.
-    out: float32 [T, H], optional; must not overlap y. Returns out.
-    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array that does not fit.
+    y: float32, on the GPU bfloat16 [M, H]. topk_weights: float32 [T, K]. inverse: int32 [T, K], -1 or a row of y.
+    out: like y [T, H], optional; must not overlap y. Returns out.
+    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array that does not fit. On the GPU the
+    indices are not read beforehand: one that is no row of y counts as -1.
     """
     if out is None:
         T, _ = shape_of("moe_unpermute", "topk_weights", topk_weights, 2)
