@@ -21,7 +21,7 @@ from ml_dtypes import bfloat16
 
 from bench.roofline import Roof, last_level_cache
 
-COLUMNS = "{:20}{:32}{:8}{:>10}  {:>6}  {:34}{:>7}  {}"
+COLUMNS = "{:23}{:32}{:8}{:>10}  {:>6}  {:34}{:>7}  {}"
 
 
 class Harness:

@@ -40,6 +40,13 @@ def misaligned(array):
     return copy
 
 
+def shifted(array):
+    """A dense copy that begins one element past an aligned address."""
+    copy = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def read_only(array):
     """A copy that cannot be written."""
     copy = array.copy()

@@ -196,9 +196,9 @@ size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_l
 }  // namespace
 
 void register_attention(nb::module_& m) {
-  KIMI_DEFINE_CPU(m, rope);
-  KIMI_DEFINE_CPU(m, append_mla_cache);
-  KIMI_DEFINE_CPU(m, fused_append_mla_cache);
+  KIMI_DEFINE(m, rope);
+  KIMI_DEFINE(m, append_mla_cache);
+  KIMI_DEFINE(m, fused_append_mla_cache);
   KIMI_DEFINE(m, mla_prefill);
   KIMI_DEFINE(m, mla_decode);
 }

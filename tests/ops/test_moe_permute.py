@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
+from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, shifted, strided
 from close import assert_close
 from kimi_native import ops
 
@@ -16,13 +16,6 @@ def routes(rng, T, K, E):
 def check_permute(on, x, ids, E):
     for got, wanted in zip(on(ops.moe_permute, x, ids, E), reference.moe_permute(x, ids, E), strict=True):
         assert same_bits(got, wanted.astype(got.dtype))
-
-
-def shifted(array):
-    """A dense copy that begins one element past an aligned address."""
-    copy = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def narrow(on, H):

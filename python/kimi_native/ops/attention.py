@@ -8,9 +8,11 @@ from kimi_native.ops._array import empty, run, shape_of
 def rope(x, cos, sin, positions, out=None):
     """Rotate interleaved pairs (2 i, 2 i + 1) of the last axis: (a, b) -> (a cos - b sin, a sin + b cos).
 
-    x: float32 [T, N, R], first two axes may be strided. cos, sin: float32 [P, R / 2], one row per position.
-    positions: int32 [T], each in [0, P). out: float32 [T, N, R], optional, strided like x; may be x. Returns out.
-    Raises ValueError for a shape or a position outside the tables, TypeError for a dtype or kind of array.
+    x: float32, on the GPU bfloat16 [T, N, R], first two axes may be strided. cos, sin: float32 [P, R / 2], one row per
+    position. positions: int32 [T], each in [0, P). out: like x [T, N, R], optional, may be strided; may be x.
+    Returns out.
+    Raises ValueError for a shape or a position outside the tables, TypeError for a dtype or kind of array. On the GPU
+    positions are not read beforehand: one outside the tables gives NaN.
     Source: Su et al. 2021, arXiv 2104.09864.
     """
     out = empty(x, *shape_of("rope", "x", x, 3)) if out is None else out
@@ -21,10 +23,11 @@ def rope(x, cos, sin, positions, out=None):
 def append_mla_cache(latent, k_pe, cache, slots):
     """Write the latent and the rotated rope part of new tokens into the paged cache, in place.
 
-    latent: float32 [T, C]. k_pe: float32 [T, R]. Rows of both may be strided.
-    cache: bfloat16 (rounded to nearest even) or float32 [pages, page_size, C + R].
-    slots: int64 [T], page * page_size + offset.
-    Raises ValueError for a shape or a slot outside the cache, TypeError for a dtype or kind of array.
+    latent: float32, on the GPU bfloat16 [T, C]. k_pe: likewise [T, R]. Rows of both may be strided.
+    cache: bfloat16 (rounded to nearest even) or, on the CPU, float32 [pages, page_size, C + R].
+    slots: int64 [T], page * page_size + offset, all different.
+    Raises ValueError for a shape or a slot outside the cache, TypeError for a dtype or kind of array. On the GPU slots
+    are not read beforehand: one outside the cache is not written.
     """
     run("append_mla_cache", latent=latent, k_pe=k_pe, cache=cache, slots=slots)
 
