@@ -112,7 +112,7 @@ void silu_and_mul(On on, Tensor x, Tensor out) {
 void register_linear(nb::module_& m) {
   KIMI_DEFINE_CPU(m, gemm);
   KIMI_DEFINE_CPU(m, batched_gemm);
-  KIMI_DEFINE_CPU(m, gemm_int4);
+  KIMI_DEFINE(m, gemm_int4);
   KIMI_DEFINE(m, dequantize_int4);
   KIMI_DEFINE(m, quantize_int4);
   KIMI_DEFINE(m, silu_and_mul);

@@ -217,8 +217,8 @@ void register_moe(nb::module_& m) {
   KIMI_DEFINE(m, topk_sigmoid);
   KIMI_DEFINE(m, moe_permute);
   KIMI_DEFINE(m, moe_unpermute);
-  KIMI_DEFINE_CPU(m, grouped_gemm);
-  KIMI_DEFINE_CPU(m, grouped_gemm_int4);
+  KIMI_DEFINE(m, grouped_gemm);
+  KIMI_DEFINE(m, grouped_gemm_int4);
   KIMI_DEFINE_CPU(m, fused_moe);
 }
 

@@ -260,4 +260,41 @@ PTX_FN unsigned transpose_8x8(unsigned v PTX_CALLER) {
 #endif
 }
 
+// For data that is read once: what else lies in the L2 cache stays. For the copies below.
+PTX_FN uint64_t evict_first() {
+#if defined(__CUDACC__)
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+#else
+  return 0;
+#endif
+}
+
+// cp_async16 of all 16 bytes under a policy of the L2 cache.
+PTX_FN void cp_async16_under(uint64_t policy, void* dst, const void* src PTX_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
+               "l"(policy)
+               : "memory");
+#else
+  static_cast<void>(policy);
+  emu::copy_async(dst, src, 16, 16, EMU_HERE);
+#endif
+}
+
+// Copies 8 or 16 bytes from global to shared memory, aligned to as many, zeros if `valid` is false. Keeps the line in
+// the L1 cache: for rows of which each copy takes a small part.
+template <int Bytes>
+PTX_FN void cp_async_cached(void* dst, const void* src, bool valid PTX_CALLER) {
+  static_assert(Bytes == 8 || Bytes == 16);
+#if defined(__CUDACC__)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(dst)), "l"(src), "n"(Bytes),
+               "r"(valid ? Bytes : 0)
+               : "memory");
+#else
+  emu::copy_async(dst, src, Bytes, valid ? Bytes : 0, EMU_HERE);
+#endif
+}
+
 }  // namespace kimi::ptx
