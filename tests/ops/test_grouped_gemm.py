@@ -15,22 +15,28 @@ from arrays import (
     same_bits,
     strided,
 )
+from backends import Cpu
 from close import assert_close
 from kimi_native import ops
 
 OPS = {"bf16": ops.grouped_gemm, "int4": ops.grouped_gemm_int4}
 
 
-def random_experts(rng, kind, E, n_out, n_in, distinct=None):
-    """(ExpertWeights, float64 matrices) of E experts that share `distinct` arrays: pointers, so no copies."""
+def random_experts(on, rng, kind, E, n_out, n_in, distinct=None):
+    """(ExpertWeights, float64 matrices) of E experts that share `distinct` arrays: pointers, so no copies.
+
+    The matrices are what the backend multiplies with: q * scale exact on the CPU, rounded to bf16 on the GPU.
+    """
     share = [e % (distinct or E) for e in range(E)]
     if kind == "bf16":
         weights = [normal(rng, n_out, n_in, dtype=BF16) for _ in range(distinct or E)]
         exact = reference.ExpertWeights(weights)
-        return ops.ExpertWeights([weights[i] for i in share]), [exact[i] for i in share]
+        return on(ops.ExpertWeights, [weights[i] for i in share]), [exact[i] for i in share]
     packed, scales = zip(*(int4(rng, n_out, n_in) for _ in range(distinct or E)), strict=True)
     exact = reference.ExpertWeights(packed, scales)
-    experts = ops.ExpertWeights([packed[i] for i in share], [scales[i] for i in share])
+    if on.cuda:
+        exact = [np.float64(weight.astype(BF16)) for weight in exact]
+    experts = on(ops.ExpertWeights, [packed[i] for i in share], [scales[i] for i in share])
     return experts, [exact[i] for i in share]
 
 
@@ -38,94 +44,141 @@ def offsets_of(counts):
     return np.cumsum([0, *counts]).astype(np.int32)
 
 
-def check(x, exact, offsets, out):
+def check(on, x, exact, offsets, out):
     reach = 4 * np.linalg.norm(np.float64(x), axis=1)[:, None] * np.sqrt(np.mean(exact[0] ** 2))
-    assert_close(out, reference.grouped_gemm(x, exact, offsets), reduction=x.shape[1], scale=reach)
+    assert_close(out, reference.grouped_gemm(x, exact, offsets), on.dtype.name, reduction=x.shape[1], scale=reach)
 
 
 @pytest.mark.parametrize("kind", OPS)
 @pytest.mark.parametrize(("n_in", "n_out"), [(7168, 256), (2048, 896)])
-def test_model_shapes(isa, rng, kind, n_in, n_out):
-    experts, exact = random_experts(rng, kind, 384, n_out // 8 if isa == "scalar" else n_out, n_in, distinct=2)
+def test_model_shapes(on, rng, kind, n_in, n_out):
+    n_out = n_out // 16 if on.emulated else n_out // 8 if on.isa == "scalar" else n_out
+    experts, exact = random_experts(on, rng, kind, 384, n_out, n_in, distinct=2)
     counts = np.zeros(384, int)
     counts[[0, 1, 7, 200, 383]] = [1, 1, 5, 1, 3]
-    x = normal(rng, 11, n_in)
-    check(x, exact, offsets_of(counts), OPS[kind](x, experts, offsets_of(counts)))
+    x = on.normal(rng, 11, n_in)
+    check(on, x, exact, offsets_of(counts), on(OPS[kind], x, experts, offsets_of(counts)))
 
 
 @pytest.mark.parametrize("kind", OPS)
 @pytest.mark.parametrize("counts", [[3], [0, 0, 0], [17, 0, 1], [0, 33], [1, 2, 3, 5, 8], [0, 8, 0, 0, 2, 1, 0]])
 @pytest.mark.parametrize(("n_in", "n_out"), [(32, 1), (32, 31), (96, 7), (160, 257)])
-def test_hostile_shapes(isa, rng, kind, counts, n_in, n_out):
-    experts, exact = random_experts(rng, kind, len(counts), n_out, n_in)
-    x = normal(rng, sum(counts), n_in)
-    check(x, exact, offsets_of(counts), OPS[kind](x, experts, offsets_of(counts)))
+def test_hostile_shapes(on, rng, kind, counts, n_in, n_out):
+    experts, exact = random_experts(on, rng, kind, len(counts), n_out, n_in)
+    x, out = on.normal(rng, sum(counts), n_in), poison(sum(counts), n_out, dtype=on.dtype)
+    check(on, x, exact, offsets_of(counts), on(OPS[kind], x, experts, offsets_of(counts), out=out))
+
+
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("counts", [[11, 0, 1, 8, 3], [40, 7, 0, 25], [0, 137, 0, 9]])
+def test_many_rows(on, rng, kind, counts):
+    """Whole slabs of inputs, experts of one and of several pieces of rows, more than a tile of weight rows."""
+    experts, exact = random_experts(on, rng, kind, len(counts), 136, 512)
+    x, out = on.normal(rng, sum(counts), 512), poison(sum(counts), 136, dtype=on.dtype)
+    check(on, x, exact, offsets_of(counts), on(OPS[kind], x, experts, offsets_of(counts), out=out))
+
+
+def test_more_experts_than_threads(on, rng):
+    """Rows for experts here and there, and for the last."""
+    experts, exact = random_experts(on, rng, "int4", 300, 9, 64, distinct=5)
+    counts = (rng.random(300) < 0.1).astype(int) * rng.integers(1, 4, 300)
+    counts[[127, 128, 299]] = 2
+    x = on.normal(rng, counts.sum(), 64)
+    check(on, x, exact, offsets_of(counts), on(ops.grouped_gemm_int4, x, experts, offsets_of(counts)))
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (7, 31), (31, 7), (257, 5)])
-def test_odd_inputs_of_bf16_experts(isa, rng, n_in, n_out):
-    experts, exact = random_experts(rng, "bf16", 3, n_out, n_in)
-    x = normal(rng, 12, n_in)
-    check(x, exact, offsets_of([4, 1, 7]), ops.grouped_gemm(x, experts, offsets_of([4, 1, 7])))
+def test_odd_inputs_of_bf16_experts(on, rng, n_in, n_out):
+    experts, exact = random_experts(on, rng, "bf16", 3, n_out, n_in)
+    x = on.normal(rng, 12, n_in)
+    check(on, x, exact, offsets_of([4, 1, 7]), on(ops.grouped_gemm, x, experts, offsets_of([4, 1, 7])))
 
 
 @pytest.mark.parametrize("kind", OPS)
-def test_rows_of_no_expert_are_zero(isa, rng, kind):
+@pytest.mark.parametrize("counts", [[2, 0, 4], [60, 0, 50]])
+def test_rows_of_no_expert_are_zero(on, rng, kind, counts):
     """Rows past the last offset are written, and not read."""
-    experts, exact = random_experts(rng, kind, 3, 5, 64)
-    x, offsets, out = normal(rng, 9, 64), offsets_of([2, 0, 4]), poison(9, 5)
-    x[6:] = np.nan
-    assert OPS[kind](x, experts, offsets, out=out) is out
-    assert same_bits(out[6:], np.zeros((3, 5), np.float32))
-    check(x[:6], exact, offsets, out[:6].copy())
+    experts, exact = random_experts(on, rng, kind, 3, 5, 64)
+    n = sum(counts)
+    x, offsets, out = on.normal(rng, n + 3, 64), offsets_of(counts), poison(n + 3, 5, dtype=on.dtype)
+    x[n:] = np.nan
+    assert on(OPS[kind], x, experts, offsets, out=out) is out
+    assert same_bits(out[n:], np.zeros((3, 5), on.dtype))
+    check(on, x[:n], exact, offsets, out[:n].copy())
 
 
 @pytest.mark.parametrize("kind", OPS)
-def test_strided_out_and_rows(isa, rng, kind):
-    experts, _ = random_experts(rng, kind, 3, 5, 64)
-    x, offsets, out = normal(rng, 9, 64), offsets_of([2, 0, 7]), strided(poison(9, 5))
-    OPS[kind](strided(x), experts, offsets, out=out)
-    assert same_bits(out.copy(), OPS[kind](x, experts, offsets))
+@pytest.mark.parametrize("counts", [[2, 0, 7], [30, 0, 7]])
+def test_strided_out_and_rows(on, rng, kind, counts):
+    experts, _ = random_experts(on, rng, kind, 3, 5, 64)
+    n = sum(counts)
+    x, offsets, out = on.normal(rng, n, 64), offsets_of(counts), strided(poison(n, 5, dtype=on.dtype))
+    on(OPS[kind], strided(x), experts, offsets, out=out)
+    assert same_bits(out.copy(), on(OPS[kind], x, experts, offsets))
     assert np.isnan(out.base).sum() == out.base.size - out.size
 
 
+def test_agrees_with_gemm_int4(on, rng):
+    """One expert, all rows: bit for bit."""
+    x, (packed, scale) = on.normal(rng, 7, 96), int4(rng, 13, 96)
+    experts = on(ops.ExpertWeights, [packed], [scale])
+    out = on(ops.grouped_gemm_int4, x, experts, offsets_of([7]))
+    assert same_bits(out, on(ops.gemm_int4, x, packed, scale))
+
+
+def test_agrees_with_gemm(isa, rng):
+    """One expert, all rows: bit for bit."""
+    x, weight = normal(rng, 7, 96), normal(rng, 13, 96, dtype=BF16)
+    out = ops.grouped_gemm(x, ops.ExpertWeights([weight]), offsets_of([7]))
+    assert same_bits(out, ops.gemm(x, weight))
+
+
 @pytest.mark.parametrize("kind", OPS)
-def test_agrees_with_the_plain_gemm(isa, rng, kind):
-    """One expert, all rows: bit for bit gemm or gemm_int4."""
-    x, (packed, scale), weight = normal(rng, 7, 96), int4(rng, 13, 96), normal(rng, 13, 96, dtype=BF16)
-    if kind == "bf16":
-        experts, plain = ops.ExpertWeights([weight]), ops.gemm(x, weight)
-    else:
-        experts, plain = ops.ExpertWeights([packed], [scale]), ops.gemm_int4(x, packed, scale)
-    assert same_bits(OPS[kind](x, experts, offsets_of([7])), plain)
+@pytest.mark.parametrize("M", [9, 40])
+@pytest.mark.parametrize(
+    "offsets", [[-7, 4, 2**31 - 1], [2**31 - 1, -(2**31), 3], [0, 9, 4], [-1, -1, -1], [5, 2, -9], [3, 5, 6]]
+)
+def test_wild_offsets_stay_inside(on, rng, kind, M, offsets):
+    """The contents of arrays on a GPU are not checked: nothing outside x and out is touched."""
+    experts, _ = random_experts(on, rng, kind, 2, 5, 64)
+    x, out = strided(on.normal(rng, M, 64)), strided(poison(M, 5, dtype=on.dtype))
+    if not on.cuda:
+        with pytest.raises(ValueError, match="offsets"):
+            OPS[kind](x, experts, np.array(offsets, np.int32), out=out)
+        return
+    on(OPS[kind], x, experts, np.array(offsets, np.int32), out=out)
+    out[...] = 0
+    assert np.isnan(out.base).sum() == out.base.size - out.size
 
 
-def test_expert_weights_describe_themselves(rng):
-    experts, _ = random_experts(rng, "bf16", 3, 5, 64)
+def test_expert_weights_describe_themselves(on, rng):
+    experts, _ = random_experts(on, rng, "bf16", 3, 5, 64)
     assert (experts.shape, experts.quantized) == ((3, 5, 64), False)
-    experts, _ = random_experts(rng, "int4", 4, 5, 64)
+    experts, _ = random_experts(on, rng, "int4", 4, 5, 64)
     assert (experts.shape, experts.quantized) == ((4, 5, 64), True)
 
 
-def test_expert_weights_keep_their_arrays_alive(isa, rng):
-    experts, exact = random_experts(rng, "int4", 5, 33, 256)
+def test_expert_weights_keep_their_arrays_alive(on, rng):
+    experts, exact = random_experts(on, rng, "int4", 5, 33, 256)
     _ = [np.full((33, 32), -1, np.int32) for _ in range(50)]  # would land where freed arrays were
-    x = normal(rng, 5, 256)
-    check(x, exact, offsets_of([1] * 5), ops.grouped_gemm_int4(x, experts, offsets_of([1] * 5)))
+    x = on.normal(rng, 5, 256)
+    check(on, x, exact, offsets_of([1] * 5), on(ops.grouped_gemm_int4, x, experts, offsets_of([1] * 5)))
 
 
-def test_expert_weights_accept_read_only_arrays(isa, rng):
+def test_expert_weights_accept_read_only_arrays(on, rng):
     """What a mapped file gives."""
     packed, scale = int4(rng, 5, 64)
-    x = normal(rng, 2, 64)
-    experts = ops.ExpertWeights([read_only(packed)], [read_only(scale)])
-    assert same_bits(ops.grouped_gemm_int4(x, experts, offsets_of([2])), ops.gemm_int4(x, packed, scale))
+    x = on.normal(rng, 2, 64)
+    experts = on(ops.ExpertWeights, [read_only(packed)], [read_only(scale)])
+    out = on(ops.grouped_gemm_int4, x, experts, offsets_of([2]))
+    assert same_bits(out, on(ops.gemm_int4, x, packed, scale))
 
 
 @pytest.mark.parametrize("kind", OPS)
 def test_rejects(rng, kind):
-    experts, _ = random_experts(rng, kind, 2, 5, 64)
-    other, _ = random_experts(rng, "int4" if kind == "bf16" else "bf16", 2, 5, 64)
+    on = Cpu("scalar")
+    experts, _ = random_experts(on, rng, kind, 2, 5, 64)
+    other, _ = random_experts(on, rng, "int4" if kind == "bf16" else "bf16", 2, 5, 64)
     op, given = OPS[kind], {"x": normal(rng, 6, 64), "experts": experts, "offsets": offsets_of([2, 4])}
     for argument in ("x", "offsets"):
         assert_rejects_faults(op, given, argument)
