@@ -2,81 +2,12 @@
 
 #include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/mla_decode_tile.cuh"
 
 namespace kimi::cuda {
 namespace {
 
-using Params = MlaDecodeParams<bf16>;
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// How a call is cut up. Rows are the Q * N queries and heads of a sequence; so many of them, a tile, share every key
-// that is read. The keys of each tile are cut into runs for different blocks.
-struct Plan {
-  int tile_rows, tiles;  // rows a tile, tiles a sequence
-  int splits;            // runs at most
-  int min_run;           // keys
-};
-
-// The run of keys of one block, all of them in multiples of plan.min_run's unit so that runs do not depend on the
-// batch.
-struct Run {
-  int b, row, rows;  // sequence; first row, rows of the sequence
-  int part, parts;   // this run, runs with keys (or one)
-  int begin, end;    // keys
-  int length;        // of the sequence; -1: one that the page table cannot hold
-
-  PTX_FN int visible(const Params& p, int at) const { return length - (p.Q - 1 - at / p.N); }  // keys that a row sees
-};
-
-struct Largest {  // NaN gives way
-  PTX_FN float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-constexpr int kTileKeys = 32;
-
-PTX_FN Run find_run(const Params& p, const Plan& plan, int b, int tile, int part) {
-  const int rows = p.Q * p.N, row = tile * plan.tile_rows, length = p.seq_lens[b];
-  Run run{b, row, rows, part, 1, 0, 0, length};
-  if (length < 0 || length > int64_t(p.max_pages) * p.page_size) {
-    run.length = -1;
-    return run;
-  }
-  const int keys = max(0, run.visible(p, min(row + plan.tile_rows, rows) - 1));
-  const unsigned run_keys = max((unsigned(keys) + plan.splits - 1) / plan.splits, unsigned(plan.min_run));
-  const unsigned step = (run_keys + kTileKeys - 1) / kTileKeys * kTileKeys;
-  run.parts = max(1, int((keys + step - 1) / step));
-  run.begin = int(min(unsigned(part) * step, unsigned(keys)));
-  run.end = int(min(part * step + step, unsigned(keys)));
-  return run;
-}
-
-// What a run leaves of a row: the sum of weights * values over that of weights, and the binary logarithm of the latter.
-// Where it is the row's only run, that is the result. Else partial results lie in the workspace: out
-// [B, splits, rows, C], behind it log2 [B, splits, rows].
-PTX_FN int64_t partial_row(const Params& p, const Plan& plan, int b, int part, int row) {
-  return (int64_t(b) * plan.splits + part) * (p.Q * p.N) + row;
-}
-PTX_FN float* partial_log2(const Params& p, const Plan& plan) {
-  return p.workspace + int64_t(p.B) * plan.splits * (p.Q * p.N) * p.C;
-}
-
-PTX_FN void write_log2(const Params& p, const Plan& plan, const Run& run, int row, float log2) {
-  if (run.parts == 1)
-    p.lse[int64_t(run.b) * run.rows + row] = log2 * kLn2;
-  else
-    partial_log2(p, plan)[partial_row(p, plan, run.b, run.part, row)] = log2;
-}
-
-// The cache row of a key, null if its page does not exist.
-PTX_FN const bf16* cache_row(const Params& p, int page, unsigned key) {
-  if (page < 0 || page >= p.pages) return nullptr;
-  return static_cast<const bf16*>(p.cache) + (int64_t(page) * p.page_size + key % unsigned(p.page_size)) * (p.C + p.R);
-}
-PTX_FN int page_of(const Params& p, int b, unsigned key) {
-  return p.page_table[int64_t(b) * p.max_pages + key / unsigned(p.page_size)];
-}
+using namespace mla;
 
 // ---- any shape -----------------------------------------------------------------------------------
 constexpr int kPlainThreads = 128;
@@ -188,33 +119,71 @@ int choose_splits(int64_t work, int64_t slots, int64_t most) {
   return int(most);
 }
 
-Plan make_plan(const Params& p) {
+// The kernel for a call's shape, and what it takes.
+struct Variant {
+  void (*kernel)(Params, Plan);
+  int threads;
+  size_t shared;
+  Plan plan;  // splits to be chosen
+  int blocks_per_multiprocessor;
+};
+
+template <class W, int M, int Stages>
+Variant tile_variant(int rows) {
+  const int tiles = (rows + 16 * M - 1) / (16 * M);
+  return {mla_decode_tile_kernel<W, M, Stages>,
+          kThreads,
+          sizeof(Memory<W, M, Stages>),
+          {16 * M, tiles, 1, kTileKeys * std::max(2, M)},
+          1};
+}
+
+// As many rows in a tile as there are, up to 64.
+template <class W, int Stages>
+Variant tile_variant(int rows) {
+  if (rows <= 16) return tile_variant<W, 1, Stages>(rows);
+  return rows <= 32 ? tile_variant<W, 2, Stages>(rows) : tile_variant<W, 4, Stages>(rows);
+}
+
+Variant choose(const Params& p) {
+  using Model = Widths<512, 64>;
+  using Tiny = Widths<64, 16>;
+  constexpr int kDeep = 3, kShallow = 2;  // tiles in shared memory: where there is much of it, and everywhere
   const int rows = p.Q * p.N;
-  Plan plan{1, rows, 1, kPlainThreads};
-  const int64_t work = int64_t(p.B) * plan.tiles;
+  const bool aligned = aligned16(p.cache) && aligned16(p.q) && aligned16(p.out);
+  if (aligned && p.C == 512 && p.R == 64)
+    return size_t(gpu::device().shared_per_block) < sizeof(Memory<Model, 4, kDeep>)
+               ? tile_variant<Model, kShallow>(rows)
+               : tile_variant<Model, kDeep>(rows);
+  if (aligned && p.C == 64 && p.R == 16) return tile_variant<Tiny, kDeep>(rows);
+  return {mla_decode_plain_kernel, kPlainThreads, 0, {1, rows, 1, kPlainThreads}, 8};
+}
+
+Variant make_variant(const Params& p) {
+  Variant v = choose(p);
+  const int64_t work = int64_t(p.B) * v.plan.tiles;
   if (work > 0)
-    plan.splits = choose_splits(work, 8 * int64_t(gpu::device().multiprocessors),
-                                (int64_t(p.max_seq_len) + plan.min_run - 1) / plan.min_run);
-  return plan;
+    v.plan.splits = choose_splits(work, int64_t(v.blocks_per_multiprocessor) * gpu::device().multiprocessors,
+                                  (int64_t(p.max_seq_len) + v.plan.min_run - 1) / v.plan.min_run);
+  return v;
 }
 
 }  // namespace
 
 size_t mla_decode_workspace(const Params& p) {
-  const Plan plan = make_plan(p);
-  return plan.splits == 1 ? 0 : size_t(p.B) * plan.splits * (p.Q * p.N) * (size_t(p.C) + 1);
+  const int splits = make_variant(p).plan.splits;
+  return splits == 1 ? 0 : size_t(p.B) * splits * (p.Q * p.N) * (size_t(p.C) + 1);
 }
 
 void mla_decode(const Params& p, Stream stream) {
-  const Plan plan = make_plan(p);
-  const int64_t blocks = int64_t(p.B) * plan.splits * plan.tiles;
-  gpu::launch(mla_decode_plain_kernel, dim3(unsigned(blocks)), dim3(kPlainThreads), 0, stream, p, plan);
-  if (plan.splits == 1) return;
-  const int warps = plan.splits <= kCombineWarps ? 1 : kCombineWarps;
+  const Variant v = make_variant(p);
+  const int64_t blocks = int64_t(p.B) * v.plan.splits * v.plan.tiles;
+  gpu::launch(v.kernel, dim3(unsigned(blocks)), dim3(v.threads), v.shared, stream, p, v.plan);
+  if (v.plan.splits == 1) return;
+  const int warps = v.plan.splits <= kCombineWarps ? 1 : kCombineWarps, per_block = kCombineWarps / warps;
   const int64_t items = int64_t(p.B) * (p.Q * p.N) * ((p.C + kCombineColumns - 1) / kCombineColumns);
-  const int64_t per_block = kCombineWarps / warps;
   gpu::launch(mla_decode_combine_kernel, dim3(unsigned((items + per_block - 1) / per_block)), dim3(kCombineThreads), 0,
-              stream, p, plan, warps);
+              stream, p, v.plan, warps);
 }
 
 }  // namespace kimi::cuda

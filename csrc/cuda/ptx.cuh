@@ -297,4 +297,29 @@ PTX_FN void cp_async_cached(void* dst, const void* src, bool valid PTX_CALLER) {
 #endif
 }
 
+// How long lines that cp_async16 brings shall stay in the L2 cache: out first, or as any other.
+PTX_FN uint64_t l2_policy(bool evict_first) {
+#if defined(__CUDACC__)
+  uint64_t policy;
+  if (evict_first)
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  else
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  return policy;
+#else
+  return evict_first;
+#endif
+}
+
+// cp_async16 under an l2_policy.
+PTX_FN void cp_async16_cached(void* dst, const void* src, int bytes, [[maybe_unused]] uint64_t policy PTX_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(dst)), "l"(src),
+               "r"(bytes), "l"(policy)
+               : "memory");
+#else
+  emu::copy_async(dst, src, 16, bytes, EMU_HERE);
+#endif
+}
+
 }  // namespace kimi::ptx
