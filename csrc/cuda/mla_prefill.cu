@@ -21,6 +21,8 @@ struct Queries {
   bool bad;          // the keys do not exist: the results are NaN
 
   PTX_FN int sees(int i) const { return min(max(visible + i, 0), keys); }
+  // The keys that any of n queries from i on sees.
+  PTX_FN int any_sees(int i, int n) const { return i < count ? sees(min(i + n, count) - 1) : 0; }
 };
 
 // The block of at most `rows` queries with this number, blocks counted sequence by sequence. A sequence whose queries
@@ -53,7 +55,7 @@ PTX_FN Queries find_queries(const Params& p, int rows, int number) {
     const bool bad = !(0 <= key && key <= end && end <= p.S);
     const int keys = bad ? 0 : end - key;
     const int64_t visible = int64_t(begin) + p.causal_offsets[sequence] + 1;
-    return {first, min(count, rows), key, keys, int(max(int64_t(-rows), min(visible, int64_t(keys)))), bad};
+    return {first, min(count, rows), bad ? 0 : key, keys, int(max(int64_t(-rows), min(visible, int64_t(keys)))), bad};
   }
   return {};
 }
@@ -134,39 +136,52 @@ constexpr int kDn = 128, kR = 64, kDv = 128;
 constexpr int kColumns = 64, kKeyChunks = (kDn + kR) / kColumns, kChunks = kKeyChunks + kDv / kColumns;
 constexpr int kStages = 4;
 
-struct Tiles {
-  bf16 q[kKeyChunks][kRows * kColumns];
-  bf16 ring[kStages][kKeys * kColumns];
+// Rows of kv or k_pe for the keys of a block.
+struct Source {
+  const bf16* data;
+  int64_t stride;
 };
 
-// The place of 8 columns in a tile of 64: permuted, so that the same columns of 8 rows lie in different banks.
-PTX_FN int tile_at(int row, int eight) { return row * kColumns + (eight ^ row % 8) * 8; }
+// What a block works on, in shared memory: registers are short.
+struct Block {
+  Queries at;
+  int n, keys;  // head, keys that any query sees
+  Source kv, k_pe;
+};
+
+// Tiles of rows of 64 columns, 128 bytes, in dynamic shared memory: q by chunks, then the ring. Places are in bytes.
+constexpr int kRowBytes = kColumns * sizeof(bf16), kSlotBytes = kKeys * kRowBytes,
+              kQBytes = kKeyChunks * kRows * kRowBytes;
+constexpr int kSharedBytes = kQBytes + kStages * kSlotBytes;
+
+// The place of 8 columns in a tile: permuted, so that the same columns of 8 rows lie in different banks. Those of
+// column group `eight ^ i`, for an i of 0 to 7, lie at the place ^ 16 i.
+PTX_FN int tile_at(int row, int eight) { return row * kRowBytes + (eight ^ row % 8) * 16; }
 
 // Rows past `rows` become zero: a weight of 0 times what lies there must be 0.
 template <int Rows>
-PTX_FN void load_tile(bf16* tile, const bf16* from, int64_t stride, int rows) {
+PTX_FN void load_tile(unsigned char* tile, const bf16* from, int64_t stride, int rows) {
   const int row = threadIdx.x / 8, eight = threadIdx.x % 8;
-  from += row * stride + eight * 8;
+  from += row * stride + eight * 8, rows -= row;
 #pragma unroll
-  for (int i = 0; i < Rows; i += kThreads / 8) {
-    const bool inside = row + i < rows;
-    ptx::cp_async16(tile + tile_at(row + i, eight), inside ? from + i * stride : from, inside ? 16 : 0);
-  }
+  for (int i = 0; i < Rows; i += kThreads / 8)
+    ptx::cp_async16(tile + tile_at(row, eight) + i * kRowBytes, from + i * stride, i < rows ? 16 : 0);
 }
 
 // score += q k^T over one chunk. The lane's part of score[m][j]: queries 16 m + lane / 4 and + 8, keys
 // 8 j + lane % 4 * 2 and + 1.
-PTX_FN void add_scores(float (&score)[2][8][4], const bf16* q, const bf16* k) {
+PTX_FN void add_scores(float (&score)[2][8][4], const unsigned char* memory, int q, int k) {
   const int lane = threadIdx.x % kWarp;
+  q += tile_at(lane % 16, lane / 16), k += tile_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int i = 0; i < kColumns / 16; ++i) {
     unsigned a[2][4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], q + m * 16 * kColumns + tile_at(lane % 16, 2 * i + lane / 16));
+    for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(a[m], memory + (q ^ 32 * i) + m * 16 * kRowBytes);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       unsigned r[4];
-      ptx::ldmatrix_x4(r, k + j * 8 * kColumns + tile_at(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+      ptx::ldmatrix_x4(r, memory + (k ^ 32 * i) + j * 8 * kRowBytes);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
         ptx::mma_m16n8k16(score[m][j], a[m], {r[0], r[1]}), ptx::mma_m16n8k16(score[m][j + 1], a[m], {r[2], r[3]});
@@ -175,14 +190,15 @@ PTX_FN void add_scores(float (&score)[2][8][4], const bf16* q, const bf16* k) {
 }
 
 // value += weight v over one chunk. value[m][j]: queries as for the scores, columns 8 j + lane % 4 * 2 and + 1.
-PTX_FN void add_values(float (&value)[2][8][4], const unsigned (&weight)[2][4][4], const bf16* v) {
+PTX_FN void add_values(float (&value)[2][8][4], const unsigned (&weight)[2][4][4], const unsigned char* memory, int v) {
   const int lane = threadIdx.x % kWarp;
+  v += tile_at(lane % 16, lane / 16);
 #pragma unroll
   for (int i = 0; i < kKeys / 16; ++i)
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       unsigned r[4];
-      ptx::ldmatrix_x4_trans(r, v + i * 16 * kColumns + tile_at(lane % 16, j + lane / 16));
+      ptx::ldmatrix_x4_trans(r, memory + (v ^ 16 * j) + i * 16 * kRowBytes);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
         ptx::mma_m16n8k16(value[m][j], weight[m][i], {r[0], r[1]}),
@@ -192,14 +208,28 @@ PTX_FN void add_values(float (&value)[2][8][4], const unsigned (&weight)[2][4][4
 
 // The running softmax of a lane's four rows [m][h]: queries 16 m + 8 h + lane / 4.
 struct Softmax {
-  float largest[2][2];  // score, over the row
-  float sum[2][2];      // of the weights this lane has seen
+  float largest[2][2];  // score
+  float sum;            // of the weights of the row that is this lane's own: m = lane % 4 / 2, h = lane % 2
 };
+
+// The scores of queries from `row` on against keys from `key` on that they do not see become -inf.
+PTX_FN void hide(float (&score)[2][8][4], const Queries& at, int row, int key) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (key + 8 * j + lane % 4 * 2 + i % 2 >= at.sees(row + 16 * m + i / 2 * 8 + lane / 4))
+          score[m][j][i] = -INFINITY;
+}
 
 // Scores become weights, as bf16 in the layout of an mma operand; values so far shrink by what the largest score grew.
 PTX_FN void weigh(float (&score)[2][8][4], float scale, Softmax& s, float (&value)[2][2][8][4],
                   unsigned (&weight)[2][4][4]) {
-  float shrink[2][2];
+  const int lane = threadIdx.x % kWarp;
+  float shrink[2][2], sum[2][2] = {};
   bool grew = false;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -213,17 +243,23 @@ PTX_FN void weigh(float (&score)[2][8][4], float scale, Softmax& s, float (&valu
       const float base = top == -INFINITY ? 0.0f : top * scale;
       shrink[m][h] = ptx::exp2_approx(s.largest[m][h] * scale - base);
       grew |= top != s.largest[m][h];
-      float sum = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float low = ptx::exp2_approx(fmaf(score[m][j][2 * h], scale, -base));
         const float high = ptx::exp2_approx(fmaf(score[m][j][2 * h + 1], scale, -base));
-        sum += low + high;
+        sum[m][h] += low + high;
         weight[m][j / 2][j % 2 * 2 + h] = ptx::pack_bf16(low, high);
       }
-      s.sum[m][h] = s.sum[m][h] * shrink[m][h] + sum;
       s.largest[m][h] = top;
     }
+  float half[2];  // sums over pairs of lanes, then over the four of a row
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+    half[m] = (lane % 2 ? sum[m][1] : sum[m][0]) + __shfl_xor_sync(~0u, lane % 2 ? sum[m][0] : sum[m][1], 1);
+  const float own = (lane & 2 ? half[1] : half[0]) + __shfl_xor_sync(~0u, lane & 2 ? half[0] : half[1], 2);
+  const float own_shrink =
+      lane & 2 ? (lane % 2 ? shrink[1][1] : shrink[1][0]) : (lane % 2 ? shrink[0][1] : shrink[0][0]);
+  s.sum = s.sum * own_shrink + own;
   if (!__any_sync(~0u, grew)) return;
 #pragma unroll
   for (int c = 0; c < 2; ++c)
@@ -237,7 +273,7 @@ PTX_FN void weigh(float (&score)[2][8][4], float scale, Softmax& s, float (&valu
 
 // Joins the warp's results with what was there, and writes them in rows of 16 bytes a lane.
 PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, float scale, const Softmax& s,
-                         const float (&value)[2][2][8][4], Tiles& tiles) {
+                         const float (&value)[2][2][8][4], unsigned char* memory) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -246,9 +282,7 @@ PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, flo
       const int i = row + 16 * m + 8 * h + lane / 4;
       const int64_t place = (int64_t(at.first) + i) * p.N + n;
       const bool inside = i < at.count, speaks = inside && lane % 4 == 0;  // for the four lanes of the row
-      float sum = s.sum[m][h];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
+      float sum = __shfl_sync(~0u, s.sum, lane / 4 * 4 + 2 * m + h);
       if (at.bad) sum = NAN;
       float lse = p.continue_state && speaks ? p.lse[place] : -INFINITY;
       lse = __shfl_sync(~0u, lse, lane / 4 * 4);
@@ -264,7 +298,8 @@ PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, flo
             const bf16* before = p.out + place * kDv + c * kColumns + 8 * j + column;
             low += joined.before * to_float(before[0]), high += joined.before * to_float(before[1]);
           }
-          *reinterpret_cast<unsigned*>(tiles.q[c] + tile_at(i, j) + column) = ptx::pack_bf16(low, high);
+          *reinterpret_cast<unsigned*>(memory + c * kRows * kRowBytes + tile_at(i, j) + column * 2) =
+              ptx::pack_bf16(low, high);
         }
     }
   __syncwarp();
@@ -273,76 +308,76 @@ PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, flo
     if (i >= at.count) continue;
     const int64_t place = (int64_t(at.first) + i) * p.N + n;
     *reinterpret_cast<uint4*>(p.out + place * kDv + eight * 8) =
-        *reinterpret_cast<const uint4*>(tiles.q[eight / 8] + tile_at(i, eight % 8));
+        *reinterpret_cast<const uint4*>(memory + eight / 8 * kRows * kRowBytes + tile_at(i, eight % 8));
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(Params p) {
+__global__ void __launch_bounds__(kThreads, 2) mla_prefill_kernel(Params p, float scale) {
   GPU_SHARED_DYNAMIC(memory, 128);
-  Tiles& tiles = *reinterpret_cast<Tiles*>(memory);
-  const int n = blockIdx.x % p.N, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp * kWarpRows;
-  const Queries at = find_queries(p, kRows, gridDim.x / p.N - 1 - blockIdx.x / p.N);  // most keys first
+  GPU_SHARED(block, Block);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp * kWarpRows;
+  if (warp == 0) {
+    const int n = blockIdx.x % p.N;
+    const Queries at = find_queries(p, kRows, gridDim.x / p.N - 1 - blockIdx.x / p.N);  // most keys first
+    if (lane == 0)
+      block = {at,
+               n,
+               at.sees(at.count - 1),
+               {p.kv + at.key * p.kv_stride_s + n * p.kv_stride_n, p.kv_stride_s},
+               {p.k_pe + at.key * p.k_pe_stride, p.k_pe_stride}};
+  }
+  __syncthreads();
+  const Queries& at = block.at;
   if (at.count == 0) return;
-  const int keys = at.sees(at.count - 1), key_tiles = (keys + kKeys - 1) / kKeys;
-  const int warp_keys = row < at.count ? at.sees(min(row + kWarpRows, at.count) - 1) : 0;
-  const float scale = p.scale * kLog2E;
 
-  const bf16* const q = p.q + at.first * p.q_stride_t + n * p.q_stride_n;
-  const bf16* const kv = p.kv + at.key * p.kv_stride_s + n * p.kv_stride_n;
-  const bf16* const k_pe = p.k_pe + at.key * p.k_pe_stride;
+  const auto slot = [](int tile, int chunk) { return kQBytes + (tile * kChunks + chunk) % kStages * kSlotBytes; };
   const auto load = [&](int tile, int chunk) {
-    if (tile < key_tiles) {
+    const int rows = block.keys - tile * kKeys;
+    if (rows > 0) {
       const bool pe = chunk == kKeyChunks - 1;
-      const int64_t first = int64_t(tile) * kKeys, stride = pe ? p.k_pe_stride : p.kv_stride_s;
-      const bf16* from = pe ? k_pe : kv + (chunk < kKeyChunks ? chunk : chunk - 1) * kColumns;
-      load_tile<kKeys>(tiles.ring[(tile * kChunks + chunk) % kStages], from + first * stride, stride,
-                       keys - tile * kKeys);
+      const Source& from = pe ? block.k_pe : block.kv;
+      const int64_t first = int64_t(tile) * kKeys * from.stride;
+      const int column = pe ? 0 : (chunk < kKeyChunks ? chunk : chunk - 1) * kColumns;
+      load_tile<kKeys>(memory + slot(tile, chunk), from.data + first + column, from.stride, rows);
     }
     ptx::cp_async_commit();  // also an empty group: they are counted
   };
   // Waits for a chunk and orders the one that takes the buffer of the chunk before it.
-  const auto take = [&](int tile, int chunk) -> const bf16* {
+  const auto take = [&](int tile, int chunk) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // the chunk is there for all, and nobody still reads the buffer that is loaded next
     load(tile + (chunk + kStages - 1) / kChunks, (chunk + kStages - 1) % kChunks);
-    return tiles.ring[(tile * kChunks + chunk) % kStages];
+    return slot(tile, chunk);
   };
-  for (int c = 0; c < kKeyChunks; ++c) load_tile<kRows>(tiles.q[c], q + c * kColumns, p.q_stride_t, at.count);
+  const bf16* q = p.q + at.first * p.q_stride_t + block.n * p.q_stride_n;
+  for (int c = 0; c < kKeyChunks; ++c)
+    load_tile<kRows>(memory + c * kRows * kRowBytes, q + c * kColumns, p.q_stride_t, at.count);
   for (int c = 0; c < kStages - 1; ++c) load(0, c);
 
   float value[2][2][8][4] = {};
-  Softmax s{{{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}}, {}};
-  for (int tile = 0; tile < key_tiles; ++tile) {
-    const bool works = tile * kKeys < warp_keys;  // else this warp only loads
+  Softmax s{{{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}}, 0};
+  int tile = 0;
+  for (; tile * kKeys < at.any_sees(row, kWarpRows); ++tile) {
     float score[2][8][4] = {};
     unsigned weight[2][4][4];
 #pragma unroll
     for (int c = 0; c < kKeyChunks; ++c) {
-      const bf16* k = take(tile, c);
-      if (works) add_scores(score, tiles.q[c] + row * kColumns, k);
+      const int k = take(tile, c);
+      add_scores(score, memory, (c * kRows + row) * kRowBytes, k);
     }
-    if (works) {
-      if ((tile + 1) * kKeys > at.sees(row)) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (tile * kKeys + 8 * j + lane % 4 * 2 + i % 2 >= at.sees(row + 16 * m + i / 2 * 8 + lane / 4))
-                score[m][j][i] = -INFINITY;
-      }
-      weigh(score, scale, s, value, weight);
-    }
+    if ((tile + 1) * kKeys > at.sees(row)) hide(score, at, row, tile * kKeys);
+    weigh(score, scale, s, value, weight);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const bf16* v = take(tile, kKeyChunks + c);
-      if (works) add_values(value[c], weight, v);
+      const int v = take(tile, kKeyChunks + c);
+      add_values(value[c], weight, memory, v);
     }
   }
+  for (; tile * kKeys < block.keys; ++tile)  // no query of this warp sees these keys, but others' do: it only loads
+    for (int c = 0; c < kChunks; ++c) take(tile, c);
   ptx::cp_async_wait<0>();
   __syncthreads();  // q is there in any case: its rows are this warp's place to order the results
-  store_values(p, at, n, row, scale, s, value, tiles);
+  store_values(p, at, block.n, row, scale, s, value, memory);
 }
 
 }  // namespace
@@ -353,7 +388,8 @@ void mla_prefill(const Params& p, Stream stream) {
                     p.kv_stride_s % 8 == 0 && p.kv_stride_n % 8 == 0 && p.k_pe_stride % 8 == 0;
   if (fast) {
     const int blocks = p.T / kRows + std::min(p.T, p.B);  // each sequence has one that is not full at most
-    gpu::launch(mla_prefill_kernel, dim3(unsigned(blocks) * p.N), dim3(kThreads), sizeof(Tiles), stream, p);
+    gpu::launch(mla_prefill_kernel, dim3(unsigned(blocks) * p.N), dim3(kThreads), kSharedBytes, stream, p,
+                p.scale * kLog2E);
   } else {
     gpu::launch(mla_prefill_plain_kernel, dim3(unsigned(p.T) * p.N), dim3(kThreads), 0, stream, p);
   }
