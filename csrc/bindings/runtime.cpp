@@ -25,6 +25,11 @@ void configure(int order, uint64_t seed, int multiprocessors, int shared_per_blo
   emu::g.config.device.shared_per_block = shared_per_block;
 }
 
+// What kernels have done since the module was loaded: mma, ldmatrix, extra passes of ldmatrix for bank conflicts.
+std::vector<uint64_t> counters() {
+  return {emu::g.stats.mma, emu::g.stats.ldmatrix, emu::g.stats.ldmatrix_conflicts};
+}
+
 #else
 
 std::vector<std::string> available_isas() {
@@ -51,6 +56,7 @@ void set_threads(int n) {
 void register_runtime(nanobind::module_& m) {
 #if defined(KIMI_EMULATOR)
   m.def("configure", &configure, "order"_a, "seed"_a = 0, "multiprocessors"_a = 3, "shared_per_block"_a = 99 << 10);
+  m.def("counters", &counters);
 #else
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("available_isas", &available_isas);

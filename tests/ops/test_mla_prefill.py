@@ -80,6 +80,18 @@ def test_model_heads_over_many_tiles(on, rng, lengths_q, lengths_k, offsets):
     assert (out[~np.isfinite(lse)] == 0).all()
 
 
+@pytest.mark.parametrize(("T", "S", "tiles"), [(128, 128, 1 + 1 + 2 + 2), (20, 128, 2), (1, 65, 2)])
+def test_model_heads_run_on_tensor_cores(on, rng, T, S, tiles):
+    """Products of 16 x 8 x 16 for a warp's 32 rows: 320 a tile of 64 keys that it sees any of, and no bank conflict."""
+    if not on.emulated:
+        return
+    given = model_arguments(on, rng, [T], [S])
+    before = np.array(on.extension.counters())
+    on(ops.mla_prefill, **given)
+    mma, ldmatrix, conflicts = np.array(on.extension.counters()) - before
+    assert mma / 320 == tiles and ldmatrix == 104 * tiles and conflicts == 0
+
+
 def test_many_sequences(on, rng):
     """More than a warp counts at once."""
     lengths = rng.integers(0, 3, 71)
