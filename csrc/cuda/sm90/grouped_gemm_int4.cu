@@ -23,7 +23,7 @@ constexpr int kBoxRows = 32;
 struct Stage {
   bf16 x[kDepth / 64][kTokens][64];          // as tensor_load leaves it
   uint4 weight[kDepth / kGroup][kFeatures];  // 32 values of a row of W; by slot
-  bf16 scale[kFeatures][kDepth / kGroup];    // by slot
+  uint2 scale[kFeatures];                    // of the row's four groups; by slot
 };
 
 // Rows of W lie in `slots`, in the order in which fragments want them: of 32 slots, bits 4, 3, 2-1 and 0 count wgmma
@@ -124,7 +124,7 @@ PTX_FN void copy_weights(const Source& of, int feature, int depth, Stage& stage,
   for (int slot = threadIdx.x; slot < kFeatures; slot += kProducers) {
     const int row = feature + feature_of(slot);
     const bool valid = row < of.n_out;
-    ptx::cp_async_line<8>(stage.scale[slot], of.scale + ((valid ? row * row_scales : 0) + depth / kGroup), valid);
+    ptx::cp_async_line<8>(&stage.scale[slot], of.scale + ((valid ? row * row_scales : 0) + depth / kGroup), valid);
   }
   ptx::mbarrier_arrive_after_copies(full);
 }
@@ -134,14 +134,16 @@ PTX_FN void load_weights(const Source& of, int feature, int depth, Stage& stage,
   const int groups = of.n_in / kGroup;
   for (int slot = threadIdx.x; slot < kFeatures; slot += kProducers) {
     const int row = feature + feature_of(slot);
+    unsigned scales[kDepth / kGroup];
     for (int chunk = 0; chunk < kDepth / kGroup; ++chunk) {
       const int group = depth / kGroup + chunk;
       const int64_t at = int64_t(row) * groups + group;
       const bool valid = row < of.n_out && group < groups;
       const uint32_t* from = of.weight + at * 4;
       stage.weight[chunk][slot] = valid ? uint4{from[0], from[1], from[2], from[3]} : uint4{0, 0, 0, 0};
-      stage.scale[slot][chunk] = valid ? of.scale[at] : bf16{0};
+      scales[chunk] = valid ? of.scale[at].bits : 0;
     }
+    stage.scale[slot] = {scales[0] | scales[1] << 16, scales[2] | scales[3] << 16};
   }
   ptx::mbarrier_arrive(full);
 }
@@ -193,7 +195,7 @@ struct Product {
     for (int half = 0; half < 2; ++half) {
       const int at = slot + unit % 2 * 16 + half * 8;
       words[half] = stage.weight[unit / 2][at];
-      if (unit < 2) scale[unit][half] = *reinterpret_cast<const uint2*>(stage.scale[at]);
+      if (unit < 2) scale[unit][half] = stage.scale[at];
     }
   }
 
