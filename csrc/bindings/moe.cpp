@@ -6,6 +6,7 @@
 
 #include "bindings/args.h"
 #include "bindings/register.h"
+#include "cuda/sm90/grouped_gemm_int4.h"
 #include "ops/fused_moe.h"
 #include "ops/gemm_int4.h"
 #include "ops/grouped_gemm.h"
@@ -166,10 +167,15 @@ void grouped_gemm(On on, Tensor x, const ExpertTable& experts, Tensor offsets, T
 }
 
 template <class On>
-void grouped_gemm_int4(On on, Tensor x, const ExpertTable& experts, Tensor offsets, Tensor out) {
+void grouped_gemm_int4(On on, Tensor x, const ExpertTable& experts, Tensor offsets, Tensor out, bool sm90) {
   const Args a("grouped_gemm_int4", on);
   check_type(!experts.scale.empty(), "grouped_gemm_int4: experts hold bfloat16 weights, expected INT4");
   const auto p = grouped_gemm_params(on, a, x, experts, offsets, out);
+  if constexpr (kOnCpu<On>) {
+    if (sm90) throw std::runtime_error("grouped_gemm_int4: sm90 names a CUDA kernel, x is a NumPy array");
+  } else if (sm90) {
+    return cuda::sm90::grouped_gemm_int4(p, on.stream);
+  }
   KIMI_RUN(on, grouped_gemm_int4, p);
 }
 

@@ -97,12 +97,12 @@ def moe_unpermute(y, topk_weights, inverse, out=None):
     return out
 
 
-def _grouped(op, x, experts, offsets, out):
+def _grouped(op, x, experts, offsets, out, **options):
     if not isinstance(experts, ExpertWeights):
         raise TypeError(f"{op}: experts is {type(experts).__name__}, expected ExpertWeights")
     if out is None:
         out = empty(x, shape_of(op, "x", x, 2)[0], experts.shape[1])
-    run(op, x=x, experts=experts.table, offsets=offsets, out=out)
+    run(op, x=x, experts=experts.table, offsets=offsets, out=out, **options)
     return out
 
 
@@ -117,9 +117,12 @@ def grouped_gemm(x, experts, offsets, out=None):
     return _grouped("grouped_gemm", x, experts, offsets, out)
 
 
-def grouped_gemm_int4(x, experts, offsets, out=None):
-    """grouped_gemm with ExpertWeights in the published INT4 format; q * scale is exact in float32."""
-    return _grouped("grouped_gemm_int4", x, experts, offsets, out)
+def grouped_gemm_int4(x, experts, offsets, out=None, sm90=False):
+    """grouped_gemm with ExpertWeights in the published INT4 format; q * scale is exact in float32.
+
+    sm90=True runs the kernel for Hopper GPUs, which on none of them has run yet; RuntimeError where it does not fit.
+    """
+    return _grouped("grouped_gemm_int4", x, experts, offsets, out, sm90=sm90)
 
 
 def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None):
