@@ -1,10 +1,9 @@
-"""cuBLAS on the host, as far as the package calls it: column-major matrices at host addresses, by the manual's words."""
+"""cuBLAS on the host, as far as the package calls it: column-major matrices at host addresses, by its manual."""
 
 import ctypes
 
 import numpy as np
 from arrays import BF16
-from numpy.lib.stride_tricks import as_strided
 
 SUCCESS, NOT_INITIALIZED, INVALID_VALUE = 0, 1, 7
 DTYPES = {0: np.dtype(np.float32), 14: BF16}
@@ -12,11 +11,21 @@ TRANSPOSE = {0: False, 1: True}
 COMPUTE_32F, GEMM_DEFAULT = 68, -1
 
 
+def bytes_at(address, count):
+    """uint8 [count] at a host address; it may be written."""
+    return np.frombuffer((ctypes.c_char * count).from_address(address), np.uint8)
+
+
+def array_at(address, shape, strides, dtype):
+    """The array whose first element lies at a host address; strides in bytes, none negative."""
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    count = 0 if 0 in shape else sum(reach) + dtype.itemsize
+    return np.ndarray(shape, dtype, bytes_at(address, count), 0, strides)
+
+
 def matrix(address, dtype, rows, columns, leading):
-    """The rows x columns matrix whose columns are `leading` elements apart; it may be written."""
-    count = (columns - 1) * leading + rows if rows and columns else 0
-    flat = np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype)
-    return as_strided(flat, (rows, columns), (dtype.itemsize, leading * dtype.itemsize))
+    """The rows x columns matrix whose columns are `leading` elements apart."""
+    return array_at(address, (rows, columns), (dtype.itemsize, leading * dtype.itemsize), dtype)
 
 
 class Cublas:
@@ -100,7 +109,9 @@ class Cublas:
         for i in range(count):
             a, b, c = A + i * strideA * sizes[0], B + i * strideB * sizes[1], C + i * strideC * sizes[2]
             shape = handle, transa, transb, m, n, k
-            status = self.cublasGemmEx(*shape, alpha, a, Atype, lda, b, Btype, ldb, beta, c, Ctype, ldc, compute, algo)
+            status = Cublas.cublasGemmEx(
+                self, *shape, alpha, a, Atype, lda, b, Btype, ldb, beta, c, Ctype, ldc, compute, algo
+            )
             if status:
                 return status
         return SUCCESS

@@ -128,7 +128,9 @@ def test_python_imports(path):
     package = ".".join(("kimi_native", *path.relative_to(PACKAGE).parent.parts))
     units, others = imports(path.read_text(), package)
     assert units <= allowed_units(unit), f"{unit} may not import {sorted(units - allowed_units(unit))}"
-    assert not others & {"cupy", "cupy_backends"} or path in CUPY_FILES, "only ops/_array.py and ops/_cublas.py import CuPy"
+    assert not others & {"cupy", "cupy_backends"} or path in CUPY_FILES, (
+        "only ops/_array.py and ops/_cublas.py import CuPy"
+    )
     assert not others & {"torch", "transformers"}
 
 

@@ -3,20 +3,34 @@
 import numpy as np
 from ml_dtypes import bfloat16
 
+from kimi_native.ops import gpu
+
 PAGE_SIZE = 64  # tokens
 DTYPES = {"bfloat16": np.dtype(bfloat16), "float32": np.dtype(np.float32)}
 
 
-class PagePool:
-    """Pages for any number of sequences. The system commits memory to a page when it is first written.
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises ValueError for a cache_dtype that there is not, or not on this device."""
+    if device == "cuda" and dtype != "bfloat16":
+        raise ValueError(f"cache_dtype is {dtype!r}, expected 'bfloat16', the only one with device \"cuda\"")
+    if dtype not in DTYPES:
+        raise ValueError(f"cache_dtype is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
 
-    pages: bfloat16 or float32 [num_layers, num_pages, PAGE_SIZE, width], width = kv_lora_rank + qk_rope_head_dim.
+
+class PagePool:
+    """Pages for any number of sequences. On the CPU the system commits memory to a page when it is first written.
+
+    pages: bfloat16, on the CPU also float32 [num_layers, num_pages, PAGE_SIZE, width], width = kv_lora_rank +
+    qk_rope_head_dim. Raises RuntimeError with need and have if the GPU has not that much memory.
     """
 
-    def __init__(self, num_layers: int, width: int, num_pages: int, dtype: str = "bfloat16"):
-        if dtype not in DTYPES:
-            raise ValueError(f"cache_dtype is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
-        self.pages = np.empty((num_layers, num_pages, PAGE_SIZE, width), DTYPES[dtype])
+    def __init__(self, num_layers: int, width: int, num_pages: int, dtype: str = "bfloat16", device: str = "cpu"):
+        check_dtype(dtype, device)
+        self.device, shape = device, (num_layers, num_pages, PAGE_SIZE, width)
+        if device == "cuda":
+            self.pages = gpu.empty(f"cache: room for {num_pages * PAGE_SIZE:,} tokens", shape, DTYPES[dtype])
+        else:
+            self.pages = np.empty(shape, DTYPES[dtype])
         self.free = list(range(num_pages - 1, -1, -1))
 
     @property
@@ -45,7 +59,7 @@ class Cache:
         """int32 [1, pages in use]"""
         return np.array([self._pages], np.int32)
 
-    def layer(self, index: int) -> np.ndarray:
+    def layer(self, index: int):
         """[num_pages, PAGE_SIZE, width], the layer's part of the pool."""
         return self.pool.pages[index]
 
@@ -75,10 +89,13 @@ class Cache:
         self.pool.free += reversed(self._pages[kept:])
         del self._pages[kept:]
 
-    def rows(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """Rows of positions start .. stop - 1 as float32 [stop - start, width], in order."""
-        pages = self.layer(layer)
-        return pages.reshape(-1, pages.shape[-1])[self._slots(start, stop)].astype(np.float32)
+    def rows(self, layer: int, start: int, stop: int):
+        """Rows of positions start .. stop - 1, [stop - start, width] in order; float32, on the GPU bfloat16."""
+        pages, slots = self.layer(layer), self._slots(start, stop)
+        rows = pages.reshape(-1, pages.shape[-1])
+        if self.pool.device == "cuda":  # as uint16: bf16 is a dtype that CuPy would compile the copy for
+            return rows.view(np.uint16).take(gpu.put(slots), axis=0).view(rows.dtype)
+        return rows[slots].astype(np.float32)
 
     def _slots(self, start: int, stop: int) -> np.ndarray:
         positions = np.arange(start, stop)

@@ -1,7 +1,8 @@
 """The text model: MLA, dense and mixture-of-experts layers, and loading. Names are the checkpoint's.
 
 Shapes: T tokens, H hidden, N heads, D qk_head_dim, C kv_lora_rank, R qk_rope_head_dim, Dn/Dv nope and value head dims.
-Activations are float32 [T, H] between modules.
+Activations are [T, H] between modules, float32 on the CPU and bfloat16 on the GPU; the residual stream is float32.
+Ops run where their arrays lie: a model is placed by what Weights gives out.
 """
 
 import math
@@ -9,28 +10,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from kimi_native import ops
-from kimi_native.cache import PAGE_SIZE, Cache, PagePool
+from kimi_native.cache import PAGE_SIZE, Cache, PagePool, check_dtype
 from kimi_native.checkpoint import Checkpoint, CheckpointError
 from kimi_native.config import Config, TextConfig
+from kimi_native.ops import gpu
+from kimi_native.ops._array import array_module, empty, to_host
 from kimi_native.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens that go through the layers together
 KEY_CHUNK = 512  # cached tokens whose keys and values are expanded together in the naive form
+# On the GPU the result of a key chunk is rounded to bf16 before the next, and experts with more tokens are faster.
+GPU_PREFILL_CHUNK = 2048
+GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
 
 
 @dataclass
 class Step:
-    """What the layers share while a chunk of tokens passes through them."""
+    """What the layers share while a chunk of tokens passes through them. Arrays lie where the model does."""
 
     positions: np.ndarray  # int32 [T]
     slots: np.ndarray  # int64 [T]
+    page_table: np.ndarray  # int32 [1, max_pages]
+    seq_lens: np.ndarray  # int32 [1], tokens in the cache when these have passed
     cos: np.ndarray  # float32 [P, R / 2]
     sin: np.ndarray  # float32 [P, R / 2]
-    cache: Cache
+    pages: np.ndarray  # [layers, pages, PAGE_SIZE, C + R], the cache's
+    key_chunks: list["KeyChunk"]  # empty for the absorbed form
+    cache: Cache | None  # None within a graph, which does without its books
+
+
+@dataclass
+class KeyChunk:
+    """Cached tokens start .. stop - 1, whose keys and values the naive form expands together."""
+
+    start: int
+    stop: int
+    cu_seqlens_q: np.ndarray  # int32 [2]
+    cu_seqlens_k: np.ndarray  # int32 [2]
+    causal_offsets: np.ndarray  # int32 [1]
 
 
 class Linear:
@@ -41,6 +64,13 @@ class Linear:
 
     def __call__(self, x, out=None):
         return (ops.gemm if len(self.arrays) == 1 else ops.gemm_int4)(x, *self.arrays, out=out)
+
+    def logits(self, x, out) -> None:
+        """The product into out, float32 on the GPU too."""
+        if len(self.arrays) == 1:
+            ops.gemm(x, *self.arrays, out=out)
+        else:
+            out[...] = ops.gemm_int4(x, *self.arrays)
 
 
 class MLA:
@@ -63,33 +93,32 @@ class MLA:
         self.o_proj = Linear(weights, "o_proj", c.hidden_size, N * c.v_head_dim)
 
     def forward(self, x, step: Step):
-        """x: float32 [T, H], normalised. Appends to the cache. Returns float32 [T, H]."""
+        """x: [T, H], normalised. Appends to the cache. Returns [T, H]."""
         c, T = self.config, len(x)
         latent_q = ops.rms_norm(self.q_a_proj(x), self.q_a_layernorm, c.mla_norm_eps)
         q = self.q_b_proj(latent_q).reshape(T, c.num_attention_heads, c.qk_head_dim)
         kv = self.kv_a_proj_with_mqa(x)  # [T, C + R]
         rotation = step.cos, step.sin, step.positions
-        q_pe = q[:, :, c.qk_nope_head_dim :]
-        ops.rope(q_pe, *rotation, out=q_pe)
-        cache = step.cache.layer(self.layer)
-        ops.fused_append_mla_cache(kv, self.kv_a_layernorm, *rotation, cache, step.slots, c.mla_norm_eps)
-        attend = self._naive if prefers_naive(c, T, int(step.positions[-1]) + 1) else self._absorbed
+        pages = step.pages[self.layer]
+        ops.fused_append_mla_cache(kv, self.kv_a_layernorm, *rotation, pages, step.slots, c.mla_norm_eps)
+        attend = self._naive if step.key_chunks else self._absorbed
         return self.o_proj(attend(q, step).reshape(T, -1))
 
     def _naive(self, q, step: Step):
         """Expand keys and values of the whole context, chunk by chunk; the softmax goes on from chunk to chunk."""
-        c, T, stop = self.config, len(q), int(step.positions[-1]) + 1
-        state = None
-        for start in range(0, stop, KEY_CHUNK):
-            rows = step.cache.rows(self.layer, start, min(stop, start + KEY_CHUNK))  # [S, C + R]
+        c, state = self.config, None
+        q_pe = q[:, :, c.qk_nope_head_dim :]
+        ops.rope(q_pe, step.cos, step.sin, step.positions, out=q_pe)
+        for chunk in step.key_chunks:
+            rows = step.cache.rows(self.layer, chunk.start, chunk.stop)  # [S, C + R]
             kv = ops.gemm(rows[:, : c.kv_lora_rank], self.kv_b_proj).reshape(len(rows), c.num_attention_heads, -1)
             state = ops.mla_prefill(
                 q,
                 kv,
                 rows[:, c.kv_lora_rank :],
-                np.array([0, T], np.int32),
-                np.array([0, len(rows)], np.int32),
-                step.positions[:1] - np.int32(start),
+                chunk.cu_seqlens_q,
+                chunk.cu_seqlens_k,
+                chunk.causal_offsets,
                 self.scale,
                 state=state,
                 return_lse=True,
@@ -99,19 +128,15 @@ class MLA:
     def _absorbed(self, q, step: Step):
         """Bring the query into latent space and attend to the cache rows themselves, each token on its own."""
         c, (T, N, _) = self.config, q.shape
-        latent_q = np.empty((T, N, c.cache_width), np.float32)
-        ops.batched_gemm(
-            q[:, :, : c.qk_nope_head_dim],
-            self.w_uk,
-            transpose_weight=True,
-            out=latent_q[:, :, : c.kv_lora_rank],
-        )
-        latent_q[:, :, c.kv_lora_rank :] = q[:, :, c.qk_nope_head_dim :]
+        q_nope, q_pe = q[:, :, : c.qk_nope_head_dim], q[:, :, c.qk_nope_head_dim :]
+        latent_q = empty(q, T, N, c.cache_width)
+        ops.batched_gemm(q_nope, self.w_uk, transpose_weight=True, out=latent_q[:, :, : c.kv_lora_rank])
+        ops.rope(q_pe, step.cos, step.sin, step.positions, out=latent_q[:, :, c.kv_lora_rank :])
         latent_out = ops.mla_decode(
             latent_q[None],
-            step.cache.layer(self.layer),
-            step.cache.page_table,
-            step.positions[-1:] + np.int32(1),
+            step.pages[self.layer],
+            step.page_table,
+            step.seq_lens,
             c.kv_lora_rank,
             self.scale,
         )
@@ -128,19 +153,22 @@ class DenseMLP:
         self.down_proj = Linear(weights, "down_proj", hidden_size, intermediate_size)
 
     def forward(self, x):
-        """x: float32 [T, H]. Returns float32 [T, H]."""
-        gate_up = np.empty((len(x), 2 * self.intermediate_size), np.float32)
+        """x: [T, H]. Returns [T, H]."""
+        gate_up = empty(x, len(x), 2 * self.intermediate_size)
         self.gate_proj(x, out=gate_up[:, : self.intermediate_size])
         self.up_proj(x, out=gate_up[:, self.intermediate_size :])
         return self.down_proj(ops.silu_and_mul(gate_up))
 
 
 class MoE:
-    """Routed experts chosen by a sigmoid router, plus the shared expert, which every token passes."""
+    """Routed experts chosen by a sigmoid router, plus the shared expert, which every token passes.
+
+    With experts="cpu" the routed ones lie in host memory and are computed there: tokens cross, weights don't.
+    """
 
     def __init__(self, config: TextConfig, weights: "Weights"):
         c, E = config, config.n_routed_experts
-        self.config = config
+        self.config, self.experts_on_host = config, weights.experts_on_host
         self.gate = weights.tensor("gate.weight", E, c.hidden_size)
         self.e_score_correction_bias = weights.tensor("gate.e_score_correction_bias", E, dtype="F32")
         self.gate_proj = weights.experts("gate_proj", E, c.moe_intermediate_size, c.hidden_size)
@@ -150,18 +178,26 @@ class MoE:
         self.shared_experts = DenseMLP(weights / "shared_experts", c.hidden_size, shared)
 
     def forward(self, x):
-        """x: float32 [T, H]. Returns float32 [T, H]."""
+        """x: [T, H]. Returns [T, H]."""
         c = self.config
         topk_weights, topk_ids = ops.topk_sigmoid(
-            ops.gemm(x, self.gate),
+            ops.gemm(x, self.gate, out=empty(x, len(x), c.n_routed_experts, dtype=np.float32)),
             self.e_score_correction_bias,
             c.num_experts_per_tok,
             c.routed_scaling_factor,
             c.norm_topk_prob,
         )
-        out = ops.fused_moe(x, topk_weights, topk_ids, self.gate_proj, self.up_proj, self.down_proj)
+        if self.experts_on_host:
+            tokens = to_host(x), to_host(topk_weights), to_host(topk_ids)
+            out = self.shared_experts.forward(x)  # queued: the GPU is at it while the CPU computes
+            out += gpu.put(self._routed(tokens[0].astype(np.float32), *tokens[1:]).astype(bfloat16))
+            return out
+        out = self._routed(x, topk_weights, topk_ids)
         out += self.shared_experts.forward(x)
         return out
+
+    def _routed(self, x, topk_weights, topk_ids):
+        return ops.fused_moe(x, topk_weights, topk_ids, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class DecoderLayer:
@@ -178,7 +214,7 @@ class DecoderLayer:
             self.mlp = MoE(config, weights / "mlp")
 
     def forward(self, delta, residual, step: Step):
-        """delta: what the layer before adds to `residual`, both float32 [T, H]. Returns what this layer adds."""
+        """delta: what the layer before adds to `residual`, both [T, H]. Returns what this layer adds."""
         h = ops.fused_add_rms_norm(delta, residual, self.input_layernorm, self.eps)
         h = self.self_attn.forward(h, step)
         h = ops.fused_add_rms_norm(h, residual, self.post_attention_layernorm, self.eps)
@@ -191,44 +227,72 @@ class Model:
     """
 
     @classmethod
-    def load(cls, path, cache_dtype="bfloat16", progress: Callable[[int, int], None] | None = None, **overrides):
-        """Map a checkpoint folder as published; no weight is copied or converted.
+    def load(
+        cls,
+        path,
+        device: str = "cpu",
+        experts: str | None = None,
+        cache_dtype: str = "bfloat16",
+        progress: Callable[[int, int], None] | None = None,
+        **overrides,
+    ):
+        """Map a checkpoint folder as published; no weight is converted. For device "cuda" weights are copied to the GPU.
 
-        cache_dtype: "bfloat16" or "float32". progress(done, total) is called after each file's header,
-        then after each layer. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
-        Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected.
+        device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
+        when the rest goes to the GPU; None keeps them beside the rest. cache_dtype: "bfloat16" or, on the CPU,
+        "float32". progress(done, total) is called after each file's header, then after each layer or, on the GPU, as
+        weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
+        Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
+        for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
         """
+        check_device(device, experts)
+        check_dtype(cache_dtype, device)
         path = Path(path)
         config = Config.from_folder(path, **overrides)
-        model = cls(config, Checkpoint(path, progress), cache_dtype, progress)
+        model = cls(config, Checkpoint(path, progress), device, experts == "cpu", cache_dtype, progress)
         if (path / "tiktoken.model").exists():
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
             model.chat_template = (path / "chat_template.jinja").read_text(encoding="utf-8")
         return model
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, cache_dtype: str, progress):
+    def __init__(
+        self, config: Config, checkpoint: Checkpoint, device: str, experts_on_host: bool, cache_dtype: str, progress
+    ):
         c = config.text_config
-        self.config, self.cache_dtype = config, cache_dtype
+        self.config, self.device, self.cache_dtype = config, device, cache_dtype
+        self.experts_on_host = device == "cuda" and experts_on_host
         self.tokenizer: Tokenizer | None = None
         self.chat_template: str | None = None
-        PagePool(1, c.cache_width, 0, cache_dtype)  # refuses an unknown cache_dtype before anything is read
-        weights = Weights(checkpoint, checkpoint.prefix)
-        body = weights / "model"
+        # Mapped in host memory on the GPU too: a step needs a row of it for each token.
         self.embed_tokens = checkpoint.tensor(
             f"{checkpoint.prefix}model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "BF16"
         )
-        self.layers = []
-        for layer in range(c.num_hidden_layers):
-            self.layers.append(DecoderLayer(c, body / "layers" / str(layer), layer))
-            if progress:
-                progress(layer + 1, c.num_hidden_layers)
-        self.norm = body.tensor("norm.weight", c.hidden_size)
-        self.lm_head = Linear(weights, "lm_head", c.vocab_size, c.hidden_size)
+        weights = Weights(checkpoint, checkpoint.prefix)
+        self._build(weights, progress if device == "cpu" else None)
         dense, experts = weights.read_bytes["dense"], weights.read_bytes["experts"]
         # What one token reads: everything but the embedding table and the experts it is not routed to.
         self.bytes_per_token = dense + experts * c.num_experts_per_tok // c.n_routed_experts
-        self._cos = self._sin = np.empty((0, c.qk_rope_head_dim // 2), np.float32)
+        self._place = np.asarray
+        if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
+            self._place = gpu.put
+            check_memory(c, weights.room, self.experts_on_host)
+            total = weights.room["dense"] + (0 if self.experts_on_host else weights.room["experts"])
+            upload = gpu.Upload(total, progress)
+            self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host), None)
+            upload.finish()
+        self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
+        self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
+
+    def _build(self, weights: "Weights", layer_done: Callable[[int, int], None] | None) -> None:
+        c, body = self.config.text_config, weights / "model"
+        self.layers = []
+        for layer in range(c.num_hidden_layers):
+            self.layers.append(DecoderLayer(c, body / "layers" / str(layer), layer))
+            if layer_done:
+                layer_done(layer + 1, c.num_hidden_layers)
+        self.norm = body.tensor("norm.weight", c.hidden_size)
+        self.lm_head = Linear(weights, "lm_head", c.vocab_size, c.hidden_size)
 
     def new_cache(self, max_tokens: int) -> Cache:
         """A latent cache for one sequence of up to max_tokens. Memory is committed as tokens are written.
@@ -241,41 +305,93 @@ class Model:
                 f"max_tokens is {max_tokens}, expected 1 to the context of {c.max_position_embeddings} tokens"
             )
         pages = -(-max_tokens // PAGE_SIZE)
-        return Cache(PagePool(c.num_hidden_layers, c.cache_width, pages, self.cache_dtype), max_tokens)
+        return Cache(PagePool(c.num_hidden_layers, c.cache_width, pages, self.cache_dtype, self.device), max_tokens)
 
     def forward(self, token_ids, cache: Cache, last_only: bool = False, progress=None):
         """Run tokens through the model at the positions that follow those in the cache, and append them to it.
 
         token_ids: integers, at least one, each in [0, vocab_size). Returns logits float32 [T, V], or [1, V] of the last
-        token with last_only. Broken off by an exception, the cache keeps the chunks that were finished.
-        progress(done, total) is called after each layer of each chunk, in tokens times layers.
+        token with last_only, where the model lies: a CuPy array on the GPU. Broken off by an exception, the cache keeps
+        the chunks that were finished. progress(done, total) is called after each layer of each chunk, in tokens times
+        layers; on the GPU that is when the layer is queued.
         Raises ValueError for an empty list, an id out of range or a full cache.
         """
         ids = self._checked(token_ids)
         if len(cache) + len(ids) > cache.max_tokens:
             cache.reserve(len(ids))  # raises with the numbers
-        depth, logits = len(self.layers), []
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
+        if self._has_graph(len(ids), cache):
+            return self._decode(ids, cache)
+        depth, size = len(self.layers), GPU_PREFILL_CHUNK if self.device == "cuda" else PREFILL_CHUNK
+        logits = None
+        for start in range(0, len(ids), size):
+            chunk = ids[start : start + size]
             done = partial(_report, progress, start * depth, len(chunk), len(ids) * depth) if progress else None
             hidden = self._hidden(chunk, cache, done)
+            if logits is None:
+                rows = 1 if last_only else len(ids)
+                logits = empty(hidden, rows, self.config.text_config.vocab_size, dtype=np.float32)
             if not last_only:
-                logits.append(self.lm_head(hidden))
-        return self.lm_head(hidden[-1:]) if last_only else np.concatenate(logits)
+                self.lm_head.logits(hidden, logits[start : start + len(chunk)])
+        if last_only:
+            self.lm_head.logits(hidden[-1:], logits)
+        return logits
 
     def _hidden(self, ids, cache: Cache, layer_done: Callable[[int], None] | None):
-        """One chunk through all layers: int [T] -> float32 [T, H] after the final norm."""
-        start, stop = len(cache), len(cache) + len(ids)
-        cos, sin = self._rope_tables(stop)
-        step = Step(np.arange(start, stop, dtype=np.int32), cache.reserve(len(ids)), cos, sin, cache)
-        delta = self.embed_tokens[ids].astype(np.float32)
-        residual = np.zeros_like(delta)
+        """One chunk through all layers: int [T] -> [T, H] after the final norm."""
+        hidden = self._through(self._embed(ids), self._step(len(ids), cache), layer_done)
+        cache.commit(ids.tolist())
+        return hidden
+
+    def _embed(self, ids):
+        """int [T] -> activations [T, H]"""
+        rows = self.embed_tokens[ids]
+        return gpu.put(rows) if self.device == "cuda" else rows.astype(np.float32)
+
+    def _step(self, T: int, cache: Cache) -> Step:
+        """Reserves room for T tokens and says where they and what they see lies."""
+        start, stop, put = len(cache), len(cache) + T, self._place
+        slots, (cos, sin) = cache.reserve(T), self._rope_tables(stop)
+        chunks, size = [], GPU_KEY_CHUNK if self.device == "cuda" else KEY_CHUNK
+        if prefers_naive(self.config.text_config, T, stop):
+            for begin in range(0, stop, size):
+                end = min(stop, begin + size)
+                arrays = [put(np.array(values, np.int32)) for values in ([0, T], [0, end - begin], [start - begin])]
+                chunks.append(KeyChunk(begin, end, *arrays))
+        return Step(
+            positions=put(np.arange(start, stop, dtype=np.int32)),
+            slots=put(slots),
+            page_table=put(cache.page_table),
+            seq_lens=put(np.array([stop], np.int32)),
+            cos=cos,
+            sin=sin,
+            pages=cache.pool.pages,
+            key_chunks=chunks,
+            cache=cache,
+        )
+
+    def _through(self, delta, step: Step, layer_done: Callable[[int], None] | None = None):
+        """Embedded tokens [T, H] through all layers and the final norm. On the GPU nothing is read back on the way."""
+        residual = array_module(delta).zeros(delta.shape, np.float32)
         for count, layer in enumerate(self.layers, 1):
             delta = layer.forward(delta, residual, step)
             if layer_done:
                 layer_done(count)
-        cache.commit(ids.tolist())
         return ops.fused_add_rms_norm(delta, residual, self.norm, self.config.text_config.rms_norm_eps)
+
+    def _has_graph(self, T: int, cache: Cache) -> bool:
+        """Whether these tokens are a step that is captured: one token on the GPU in the absorbed form."""
+        if self.device == "cpu" or self.experts_on_host or T > 1:
+            return False
+        return not prefers_naive(self.config.text_config, T, len(cache) + T)
+
+    def _decode(self, ids, cache: Cache):
+        """Logits [1, V] of one token by the cache's graph, which is captured when the first token needs it."""
+        graph = self._decode_graphs.get(cache)
+        if graph is None:
+            graph = self._decode_graphs[cache] = DecodeGraph(self, cache)
+        logits = graph.launch(self.embed_tokens[ids], cache)
+        cache.commit(ids.tolist())
+        return logits
 
     def _checked(self, token_ids) -> np.ndarray:
         ids = np.asarray(token_ids)
@@ -292,8 +408,99 @@ class Model:
     def _rope_tables(self, length: int):
         """cos and sin for positions 0 .. length - 1 at least; grown by doubling."""
         if length > len(self._cos):
-            self._cos, self._sin = rope_tables(self.config.text_config, max(256, 2 * length))
+            self._cos, self._sin = map(self._place, rope_tables(self.config.text_config, max(256, 2 * length)))
         return self._cos, self._sin
+
+
+class DecodeGraph:
+    """One token through the model as a CUDA graph, for one cache.
+
+    All that differs from token to token lies in one array on the GPU, filled by one copy before each launch: the token's
+    embedding, its slot and position, the length and the page table, which has room for all pages of the cache at once.
+    """
+
+    def __init__(self, model: Model, cache: Cache):
+        max_pages = min(-(-cache.max_tokens // PAGE_SIZE), cache.pool.pages.shape[1])
+        fields = {
+            "embedding": ((1, model.embed_tokens.shape[1]), np.dtype(bfloat16)),
+            "slots": ((1,), np.dtype(np.int64)),
+            "positions": ((1,), np.dtype(np.int32)),
+            "seq_lens": ((1,), np.dtype(np.int32)),
+            "page_table": ((1, max_pages), np.dtype(np.int32)),
+        }
+        sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in fields.values()]
+        self._host = np.zeros(sum(sizes), np.uint8)
+        self._device = gpu.put(self._host)
+        self._inputs, inputs, at = {}, {}, 0
+        for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
+            span = slice(at, at + math.prod(shape) * dtype.itemsize)
+            self._inputs[name] = self._host[span].view(dtype).reshape(shape)
+            inputs[name] = self._device[span].view(dtype).reshape(shape)
+            at += size
+        embedding, (cos, sin) = inputs.pop("embedding"), model._rope_tables(cache.max_tokens)
+        self._fill(model.embed_tokens[:1], cache)  # the row that the first token will write
+        self._step = Step(
+            **inputs, cos=cos, sin=sin, pages=cache.pool.pages, key_chunks=[], cache=None
+        )  # kept: the graph reads its arrays
+
+        def queue():
+            hidden = model._through(embedding, self._step)
+            logits = empty(hidden, 1, model.config.text_config.vocab_size, dtype=np.float32)
+            model.lm_head.logits(hidden, logits)
+            return logits
+
+        self._graph = gpu.Graph(queue)
+
+    def launch(self, embedding, cache: Cache):
+        """Logits float32 [1, V] of the token that follows those in the cache; its row is written, not committed."""
+        self._fill(embedding, cache)
+        return self._graph.launch().copy()
+
+    def _fill(self, embedding, cache: Cache) -> None:
+        inputs, stop = self._inputs, len(cache) + 1
+        inputs["slots"][:] = cache.reserve(1)
+        inputs["embedding"][:] = embedding
+        inputs["positions"][:], inputs["seq_lens"][:] = stop - 1, stop
+        pages = cache.page_table
+        inputs["page_table"][:] = -1
+        inputs["page_table"][:, : pages.shape[1]] = pages
+        self._device.set(self._host)
+
+
+def check_device(device: str, experts: str | None) -> None:
+    """Raises ValueError for a device or a place of the experts that there is not."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected 'cpu' or 'cuda'")
+    if experts not in (None, "cpu"):
+        raise ValueError(f"experts is {experts!r}, expected None, for beside the rest, or 'cpu'")
+
+
+def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool) -> None:
+    """Raises RuntimeError with need and have if the weights, a first cache and the work do not fit on the GPU."""
+    free, total = gpu.free_bytes()
+    cache = GPU_PREFILL_CHUNK * config.num_hidden_layers * config.cache_width * 2
+    rest = room["dense"] + cache + workspace_bytes(config)
+    need, size = rest + (0 if experts_on_host else room["experts"]), gpu.gigabytes
+    if need <= free:
+        return
+    weights = need - cache - workspace_bytes(config)
+    message = (
+        f'device "cuda" needs {size(need)}: weights {size(weights)}, cache of {GPU_PREFILL_CHUNK:,} tokens {size(cache)}, '
+        f"workspace about {size(workspace_bytes(config))}; the GPU has {size(free)} free of {size(total)}"
+    )
+    if not experts_on_host and room["experts"]:
+        message += f'. experts="cpu" (--experts cpu) leaves {size(room["experts"])} of experts in host memory: {size(rest)} remain'
+    raise RuntimeError(message)
+
+
+def workspace_bytes(config: TextConfig) -> int:
+    """About what a chunk of a prompt takes on the GPU beside weights and cache, its last logits included."""
+    c, T, S = config, GPU_PREFILL_CHUNK, GPU_KEY_CHUNK
+    attention = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * 2
+    expanded = (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim) + c.cache_width) * 2
+    dense = 3 * c.intermediate_size * 2
+    routed = c.num_experts_per_tok * (c.hidden_size * (2 + 4) + 3 * c.moe_intermediate_size * 2)
+    return T * (6 * c.hidden_size * 2 + attention + max(dense, routed)) + S * expanded + c.vocab_size * 4
 
 
 def _report(progress, before: int, tokens: int, total: int, layers_done: int) -> None:
@@ -301,21 +508,32 @@ def _report(progress, before: int, tokens: int, total: int, layers_done: int) ->
 
 
 class Weights:
-    """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name."""
+    """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name.
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, read_bytes: dict[str, int] | None = None):
-        self.checkpoint, self.prefix = checkpoint, prefix
-        self.read_bytes = {"dense": 0, "experts": 0} if read_bytes is None else read_bytes
+    With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
+    add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, upload: gpu.Upload | None = None, experts_on_host: bool = False
+    ):
+        self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
+        self.read_bytes, self.room = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}
 
     def __truediv__(self, name: str) -> "Weights":
-        return Weights(self.checkpoint, f"{self.prefix}{name}.", self.read_bytes)
+        below = Weights(self.checkpoint, f"{self.prefix}{name}.", self.upload, self.experts_on_host)
+        below.read_bytes, below.room = self.read_bytes, self.room
+        return below
 
-    def tensor(self, name: str, *shape: int, dtype: str = "BF16", kind: str = "dense") -> np.ndarray:
+    def tensor(self, name: str, *shape: int, dtype: str = "BF16", kind: str = "dense"):
         view = self.checkpoint.tensor(self.prefix + name, shape, dtype)
         self.read_bytes[kind] += view.nbytes
-        return view
+        self.room[kind] += gpu.Upload.room(view.nbytes)
+        if self.upload is None or (kind == "experts" and self.experts_on_host):
+            return view
+        return self.upload(view)
 
-    def linear(self, name: str, n_out: int, n_in: int, kind: str = "dense") -> tuple[np.ndarray, ...]:
+    def linear(self, name: str, n_out: int, n_in: int, kind: str = "dense") -> tuple:
         """(weight,) in bf16 or (weight_packed, weight_scale): INT4 iff weight_packed exists."""
         if f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
             return (self.tensor(f"{name}.weight", n_out, n_in, kind=kind),)

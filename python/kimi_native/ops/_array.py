@@ -20,18 +20,18 @@ def on_gpu(x) -> bool:
 
 
 def gpu_arrays():
-    """The library of the arrays on the GPU: CuPy, under the emulator NumPy.
-
-    Raises RuntimeError, saying what to install, where CuPy or a GPU is missing.
-    """
-    if extension is not _C:
-        return np
+    """The library of arrays on the GPU, CuPy. RuntimeError, saying what is missing, without CuPy, driver or GPU."""
     try:
         import cupy
     except ImportError as e:
-        raise RuntimeError('device "cuda" needs CuPy: pip install "kimi-native[cuda]"') from e
+        raise RuntimeError(
+            f'device "cuda" needs CuPy 14 or newer, which cannot be imported ({e}): pip install "cupy-cuda12x[ctk]", or '
+            "cupy-cuda13x[ctk] with a driver for CUDA 13"
+        ) from e
     if not cupy.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')
+    if int(cupy.__version__.partition(".")[0]) < 14:
+        raise RuntimeError(f'device "cuda" needs CuPy 14 or newer, the first with bfloat16; found {cupy.__version__}')
     return cupy
 
 
