@@ -40,11 +40,15 @@ def misaligned(array):
     return copy
 
 
-def shifted(array):
-    """A dense copy that begins one element past an aligned address."""
-    copy = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
-    copy[...] = array
-    return copy
+def spaced(array, *strides, first=0):
+    """The same values at these strides, in elements, from element `first` of a buffer that is NaN elsewhere. By default
+    densely."""
+    strides = strides or [step // array.itemsize for step in np.empty(array.shape, array.dtype).strides]
+    size = first + 1 + sum((n - 1) * step for n, step in zip(array.shape, strides, strict=True))
+    buffer = np.full(size, np.nan, array.dtype)
+    view = np.lib.stride_tricks.as_strided(buffer[first:], array.shape, [s * array.itemsize for s in strides])
+    view[...] = array
+    return view
 
 
 def read_only(array):

@@ -24,13 +24,15 @@ struct Place {
 // A lane copies kStep elements at a time.
 template <int kStep>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    append_mla_cache_kernel(const bf16* latent, int64_t latent_stride, const bf16* k_pe, int64_t k_pe_stride,
-                            bf16* cache, const int64_t* slots, int64_t num_slots, int T, int C, int R) {
+    append_mla_cache_kernel(const bf16* __restrict__ latent, int64_t latent_stride, const bf16* __restrict__ k_pe,
+                            int64_t k_pe_stride, bf16* cache, const int64_t* slots, int64_t num_slots, int T, int C,
+                            int R) {
   const Place place(cache, slots, num_slots, T, C + R);
   if (place.t >= T) return;
   const bf16* from = place.latent ? latent + place.t * latent_stride : k_pe + place.t * k_pe_stride;
   const int to = place.latent ? 0 : C, n = place.latent ? C : R;
   using Part = std::conditional_t<kStep == 8, uint4, bf16>;
+#pragma unroll 2
   for (int i = threadIdx.x % kWarp * kStep; i < n; i += kWarp * kStep) {
     const Part part = *reinterpret_cast<const Part*>(from + i);
     if (place.row) *reinterpret_cast<Part*>(place.row + to + i) = part;
@@ -41,9 +43,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 // tables allow 16-byte loads.
 template <bool Vector>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    fused_append_mla_cache_kernel(const bf16* kv, int64_t kv_stride, const bf16* weight, const float* cos,
-                                  const float* sin, const int32_t* positions, bf16* cache, const int64_t* slots,
-                                  int64_t num_slots, int T, int C, int R, int P, float eps) {
+    fused_append_mla_cache_kernel(const bf16* __restrict__ kv, int64_t kv_stride, const bf16* __restrict__ weight,
+                                  const float* __restrict__ cos, const float* __restrict__ sin,
+                                  const int32_t* positions, bf16* cache, const int64_t* slots, int64_t num_slots, int T,
+                                  int C, int R, int P, float eps) {
   constexpr int kStep = Vector ? 8 : 1, kPairs = Vector ? 8 : 2;  // elements of the latent, of the rope part
   const int lane = threadIdx.x % kWarp;
   const Place place(cache, slots, num_slots, T, C + R);
@@ -51,6 +54,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   kv += place.t * kv_stride;
 
   if (!place.latent) {
+#pragma unroll 1
     for (int r = lane * kPairs; r < R; r += kWarp * kPairs) {
       float v[kPairs];
       load(kv + C + r, v);
@@ -60,6 +64,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     return;
   }
   float sum = 0;
+#pragma unroll 2  // 512 elements in vectors: all loads at once
   for (int c = lane * kStep; c < C; c += kWarp * kStep) {
     float v[kStep];
     load(kv + c, v);
@@ -67,6 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     for (float x : v) sum += x * x;
   }
   const float scale = 1.0f / sqrtf(warp_reduce(sum, Add()) / float(C) + eps);
+#pragma unroll 2  // 512 elements in vectors: all loads at once
   for (int c = lane * kStep; c < C; c += kWarp * kStep) {
     float v[kStep], w[kStep];
     load(kv + c, v);

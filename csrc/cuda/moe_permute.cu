@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = inverse[t * K + k];
     if (row >= 0) permuted[row * width + c] = part;
   }
+#pragma unroll 1  // the trip count of an unrolled loop would be a division
   for (int64_t row = offsets[E] + t; row < rows; row += T) permuted[row * width + c] = Part{};
 }
 
@@ -48,17 +49,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int first = 0; first < K; first += kSlots) {
     float weight[kSlots];
     Part part[kSlots];
-    bool taken[kSlots];
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
       const int64_t slot = t * K + first + j, row = first + j < K ? inverse[slot] : -1;
-      taken[j] = row >= 0 && row < M;
-      weight[j] = taken[j] ? weights[slot] : 0;
-      part[j] = taken[j] ? y[row * width + c] : Part{};
+      const bool taken = row >= 0 && row < M;
+      weight[j] = taken ? weights[slot] : 0;
+      part[j] = taken ? y[row * width + c] : Part{};
     }
 #pragma unroll
-    for (int j = 0; j < kSlots; ++j)
-      if (taken[j]) add_weighted(sum, weight[j], part[j]);
+    for (int j = 0; j < kSlots; ++j) add_weighted(sum, weight[j], part[j]);
   }
   if constexpr (sizeof(Part) == 16)
     out[t * out_stride + c] = pack8(sum);

@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     if (pair_of_row && valid) pair_of_row[row] = int(i);
   }
   if (pair_of_row)
+#pragma unroll 1  // the trip count of an unrolled loop would be a division
     for (int64_t row = sorted + int64_t(blockIdx.x) * kThreads + threadIdx.x; row < pairs; row += gridDim.x * kThreads)
       pair_of_row[row] = -1;
 }

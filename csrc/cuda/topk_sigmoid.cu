@@ -12,8 +12,9 @@ constexpr int kWarps = 4;  // tokens a block
 constexpr int kMaxExperts = 1024;
 constexpr int kNoExpert = INT_MIN, kNan = INT_MIN + 1;  // keys below that of -inf
 
-// The same for equal arguments wherever it is called: what is chosen is weighed by the number that chose it.
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Right to about two units in the last place. The same for equal arguments wherever it is called: an expert is weighed
+// by the number that chose it.
+__device__ float sigmoid(float x) { return ptx::reciprocal(1.0f + expf(-x)); }
 
 // Ascending with the choice, NaN lowest. -0 does not occur: a sigmoid is never -0, and the sum of 0 and -0 is 0.
 __device__ int key_of(float choice) {
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   sum = warp_reduce(sum, Add());
   const float factor = routed_scaling_factor / (norm_topk_prob ? sum + 1e-20f : 1.0f);
   const int last = (K - 1) / kWarp * kWarp;  // slots whose scores are still at hand
+#pragma unroll 1
   for (int k = lane; k < last; k += kWarp) weights[k] *= factor;
   if (last + lane < K) weights[last + lane] = score * factor;
 }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from arrays import BF16, assert_rejects, assert_rejects_faults, poison, read_only, same_bits, shifted, strided
+from arrays import BF16, assert_rejects, assert_rejects_faults, poison, read_only, same_bits, spaced, strided
 from close import assert_close
 from kimi_native import ops
 
@@ -84,8 +84,17 @@ def test_rows_of_any_alignment(on, rng, width, first):
     on(ops.rope, part, cos, sin, positions, out=part)
     check(on, x, cos, sin, positions, part.copy())
     assert np.isnan(q).sum() == q.size - part.size
-    check(on, x, cos, sin, positions, on(ops.rope, x, shifted(cos), sin, positions))
-    check(on, x, cos, sin, positions, on(ops.rope, x, cos, shifted(sin), positions))
+    for strides in ((52, 16, 1), (64, 20, 1)):
+        check(on, x, cos, sin, positions, on(ops.rope, spaced(x, *strides), cos, sin, positions))
+        out = spaced(np.full_like(x, np.nan), *strides)
+        on(ops.rope, x, cos, sin, positions, out=out)
+        check(on, x, cos, sin, positions, out)
+    check(
+        on, x, cos, sin, positions, on(ops.rope, x, cos, sin, positions, out=spaced(np.full_like(x, np.nan), first=1))
+    )
+    check(on, x, cos, sin, positions, on(ops.rope, spaced(x, first=1), cos, sin, positions))
+    check(on, x, cos, sin, positions, on(ops.rope, x, spaced(cos, first=1), sin, positions))
+    check(on, x, cos, sin, positions, on(ops.rope, x, cos, spaced(sin, first=1), positions))
 
 
 @pytest.mark.parametrize("R", [6, 16])
