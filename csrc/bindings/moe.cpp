@@ -199,7 +199,10 @@ size_t fused_moe(On on, Tensor x, Tensor topk_weights, Tensor topk_ids, const Ex
   check_experts(a, "gate", p.gate, p.gate.E, p.gate.n_out, H.size);
   check_experts(a, "up", p.up, p.gate.E, p.gate.n_out, H.size);
   check_experts(a, "down", p.down, p.gate.E, H.size, p.gate.n_out);
-  if constexpr (kOnCpu<On>) check_indices(a, "topk_ids", p.topk_ids, T.size * K.size, p.gate.E);
+  if constexpr (kOnCpu<On>)
+    check_indices(a, "topk_ids", p.topk_ids, T.size * K.size, p.gate.E);
+  else
+    a.require(!p.gate.scale == !p.up.scale, "gate and up differ, one is INT4 and one bfloat16");
   p.out = a.strided<Activation>("out", out, T, H);
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
@@ -225,7 +228,7 @@ void register_moe(nb::module_& m) {
   KIMI_DEFINE(m, moe_unpermute);
   KIMI_DEFINE(m, grouped_gemm);
   KIMI_DEFINE(m, grouped_gemm_int4);
-  KIMI_DEFINE_CPU(m, fused_moe);
+  KIMI_DEFINE(m, fused_moe);
 }
 
 }  // namespace kimi

@@ -14,14 +14,18 @@ from arrays import (
     same_bits,
     strided,
 )
+from backends import Cpu
 from close import assert_close
 from kimi_native import ops
 
 KINDS = ["bf16", "int4"]
 
 
-def random_experts(rng, kind, E, H, width, distinct=None):
-    """gate, up, down as (ExpertWeights, float64 matrices); E experts share `distinct` arrays."""
+def random_experts(on, rng, kind, E, H, width, distinct=None):
+    """gate, up, down as (ExpertWeights, float64 matrices); E experts share `distinct` arrays.
+
+    The matrices are what the backend multiplies with: q * scale exact on the CPU, rounded to bf16 on the GPU.
+    """
     share = [e % (distinct or E) for e in range(E)]
     both = {}
     for name, n_out, n_in in (("gate", width, H), ("up", width, H), ("down", H, width)):
@@ -30,10 +34,10 @@ def random_experts(rng, kind, E, H, width, distinct=None):
         else:
             lists = list(zip(*(int4(rng, n_out, n_in) for _ in range(distinct or E)), strict=True))
         exact = reference.ExpertWeights(*lists)
-        both[name] = (
-            ops.ExpertWeights(*([each[i] for i in share] for each in lists)),
-            [exact[i] for i in share],
-        )
+        if on.cuda:
+            exact = [np.float64(weight.astype(BF16)) for weight in exact]
+        experts = on(ops.ExpertWeights, *([each[i] for i in share] for each in lists))
+        both[name] = experts, [exact[i] for i in share]
     return {name: pair[0] for name, pair in both.items()}, {name: pair[1] for name, pair in both.items()}
 
 
@@ -43,113 +47,194 @@ def random_routes(rng, T, K, E):
     return {"topk_weights": weights, "topk_ids": ids}
 
 
-def check(x, routes, exact, out):
-    """Two chained sums of H and I products; what reaches the output is as large as its row."""
+def check(on, x, routes, exact, out):
+    """Two chained sums of H and I products; what reaches the output is as large as its row.
+
+    On the GPU the values between the two, and what each expert gives, are rounded to bf16 as well.
+    """
     H, width = exact["down"][0].shape
-    assert_close(out, reference.fused_moe(x, **routes, **exact), reduction=4 * (H + width))
+    expected = reference.fused_moe(x, **routes, **exact)
+    scale = np.abs(expected).max(axis=-1, keepdims=True, initial=0)
+    if on.cuda:
+        scale = scale + inner_error(x, routes, exact) / (2.0**-23 * (4 + np.sqrt(4 * (H + width))))
+    assert_close(out, expected, on.dtype.name, reduction=4 * (H + width), scale=scale, roundings=3)
+
+
+def inner_error(x, routes, exact):
+    """[T, H] what the roundings to bf16 inside can add up to: five times the root of the sum of their squares.
+
+    Each element of h, and of each expert's share of the output, is off by 2^-9 of itself in the mean, at random.
+    """
+    x = np.float64(x)
+    squares = np.zeros((x.shape[0], exact["down"][0].shape[0]))
+    for (t, k), e in np.ndenumerate(routes["topk_ids"]):
+        if 0 <= e < len(exact["gate"]):
+            g, u = exact["gate"][e] @ x[t], exact["up"][e] @ x[t]
+            h = g / (1 + np.exp(-g)) * u * np.float64(routes["topk_weights"][t, k])
+            squares[t] += exact["down"][e] ** 2 @ h**2 + (exact["down"][e] @ h) ** 2
+    return 5 * 2.0**-9 * np.sqrt(squares)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [1, 3])
-def test_model_shapes(isa, rng, kind, T):
-    """384 experts, 8 a token, hidden 7168; the intermediate width is cut."""
-    experts, exact = random_experts(rng, kind, 384, 896 if isa == "scalar" else 7168, 64, distinct=3)
-    x, routes = normal(rng, T, exact["down"][0].shape[0]), random_routes(rng, T, 8, 384)
-    check(x, routes, exact, ops.fused_moe(x, **routes, **experts))
+def test_model_shapes(on, rng, kind, T):
+    """384 experts, 8 a token, hidden 7168; the intermediate width is cut, in the emulator both."""
+    H, width = (1024, 32) if on.emulated else (896, 64) if on.isa == "scalar" else (7168, 64)
+    experts, exact = random_experts(on, rng, kind, 384, H, width, distinct=3)
+    x, routes = on.normal(rng, T, H), random_routes(rng, T, 8, 384)
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 5, 8, 17, 33])
 @pytest.mark.parametrize(("H", "width", "K", "E"), [(32, 32, 1, 1), (96, 32, 3, 5), (32, 160, 2, 7), (64, 64, 8, 17)])
-def test_hostile_shapes(isa, rng, kind, T, H, width, K, E):
-    experts, exact = random_experts(rng, kind, E, H, width)
-    x, routes = normal(rng, T, H), random_routes(rng, T, K, E)
-    check(x, routes, exact, ops.fused_moe(x, **routes, **experts))
+def test_hostile_shapes(on, rng, kind, T, H, width, K, E):
+    experts, exact = random_experts(on, rng, kind, E, H, width)
+    x, routes, out = on.normal(rng, T, H), random_routes(rng, T, K, E), poison(T, H, dtype=on.dtype)
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts, out=out))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "K", "E"), [(2, 3, 5), (8, 2, 3), (9, 3, 9), (16, 2, 3), (40, 2, 2)])
+def test_whole_slabs(on, rng, kind, T, K, E):
+    """Widths of several slabs of inputs for both products, and tiles that end early."""
+    experts, exact = random_experts(on, rng, kind, E, 512, 256, distinct=2)
+    x, routes, out = on.normal(rng, T, 512), random_routes(rng, T, K, E), poison(T, 512, dtype=on.dtype)
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts, out=out))
 
 
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize(("H", "width"), [(1, 1), (7, 31), (31, 7), (257, 3)])
-def test_odd_widths_of_bf16_experts(isa, rng, T, H, width):
-    experts, exact = random_experts(rng, "bf16", 5, H, width)
-    x, routes = normal(rng, T, H), random_routes(rng, T, 3, 5)
-    out = ops.fused_moe(x, **routes, **experts)
+def test_odd_widths_of_bf16_experts(on, rng, T, H, width):
+    experts, exact = random_experts(on, rng, "bf16", 5, H, width)
+    x, routes = on.normal(rng, T, H), random_routes(rng, T, 3, 5)
+    out = on(ops.fused_moe, x, **routes, **experts)
+    if on.cuda:
+        check(on, x, routes, exact, out)
+        return
     reach = 2 * np.abs(x).max(axis=1, keepdims=True)  # a result may cancel far below what it sums
     assert_close(out, reference.fused_moe(x, **routes, **exact), reduction=H + width, scale=reach)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_tokens_to_one_expert(isa, rng, kind):
-    experts, exact = random_experts(rng, kind, 6, 64, 32)
-    x, routes = normal(rng, 21, 64), random_routes(rng, 21, 1, 6)
+@pytest.mark.parametrize("T", [8, 21])
+def test_all_tokens_to_one_expert(on, rng, kind, T):
+    experts, exact = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 1, 6)
     routes["topk_ids"][:] = 4
-    check(x, routes, exact, ops.fused_moe(x, **routes, **experts))
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_skips_minus_one(isa, rng, kind):
-    experts, exact = random_experts(rng, kind, 6, 64, 32)
-    x, routes = normal(rng, 9, 64), random_routes(rng, 9, 3, 6)
-    routes["topk_ids"][rng.random((9, 3)) < 0.5] = -1
+@pytest.mark.parametrize("T", [7, 29])
+def test_skips_minus_one(on, rng, kind, T):
+    experts, exact = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
+    routes["topk_ids"][rng.random((T, 3)) < 0.5] = -1
     routes["topk_ids"][4] = -1
     routes["topk_weights"][routes["topk_ids"] < 0] = np.nan
-    out = ops.fused_moe(x, **routes, **experts)
+    x[4] = np.nan
+    out = on(ops.fused_moe, x, **routes, **experts)
     assert (out[4] == 0).all()
-    check(x, routes, exact, out)
+    x[4] = 0
+    check(on, x, routes, exact, out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_expert_twice(isa, rng, kind):
-    experts, exact = random_experts(rng, kind, 6, 64, 32)
-    x, routes = normal(rng, 5, 64), random_routes(rng, 5, 3, 6)
+@pytest.mark.parametrize("T", [7, 29])
+def test_no_token_has_an_expert(on, rng, kind, T):
+    experts, _ = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
+    routes["topk_ids"][:] = -1
+    out = on(ops.fused_moe, x, **routes, **experts, out=poison(T, 64, dtype=on.dtype))
+    assert same_bits(out, np.zeros((T, 64), on.dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [7, 29])
+def test_wild_ids_count_as_minus_one(on, rng, kind, T):
+    """The contents of arrays on a GPU are not checked."""
+    experts, _ = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
+    wild = rng.random((T, 3)) < 0.4
+    routes["topk_ids"][wild] = rng.choice([-2, 6, 2**31 - 1, -(2**31)], wild.sum())
+    if not on.cuda:
+        with pytest.raises(ValueError, match="topk_ids"):
+            ops.fused_moe(x, **routes, **experts)
+        return
+    skipped = routes | {"topk_ids": np.where(wild, np.int32(-1), routes["topk_ids"])}
+    assert same_bits(on(ops.fused_moe, x, **routes, **experts), on(ops.fused_moe, x, **skipped, **experts))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [5, 25])
+def test_the_same_expert_twice(on, rng, kind, T):
+    experts, exact = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
     routes["topk_ids"][:, 1] = routes["topk_ids"][:, 0]
-    check(x, routes, exact, ops.fused_moe(x, **routes, **experts))
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strided_rows_and_out(isa, rng, kind):
-    experts, exact = random_experts(rng, kind, 6, 64, 32)
-    x, routes, out = normal(rng, 7, 64), random_routes(rng, 7, 3, 6), strided(poison(7, 64))
-    assert ops.fused_moe(strided(x), **routes, **experts, out=out) is out
-    check(x, routes, exact, out)
+@pytest.mark.parametrize("T", [7, 29])
+def test_strided_rows_and_out(on, rng, kind, T):
+    experts, exact = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes, out = on.normal(rng, T, 64), random_routes(rng, T, 3, 6), strided(poison(T, 64, dtype=on.dtype))
+    assert on(ops.fused_moe, strided(x), **routes, **experts, out=out) is out
+    check(on, x, routes, exact, out)
     assert np.isnan(out.base).sum() == out.base.size - out.size
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_stays_in_its_row(isa, rng, kind):
-    experts, _ = random_experts(rng, kind, 6, 64, 32)
-    x, routes = normal(rng, 7, 64), random_routes(rng, 7, 3, 6)
-    expected = ops.fused_moe(x, **routes, **experts)
+@pytest.mark.parametrize("T", [7, 29])
+def test_nan_stays_in_its_row(on, rng, kind, T):
+    experts, _ = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
+    expected = on(ops.fused_moe, x, **routes, **experts)
     x[2] = np.nan
-    out, others = ops.fused_moe(x, **routes, **experts), [0, 1, 3, 4, 5, 6]
+    out, others = on(ops.fused_moe, x, **routes, **experts), np.arange(T) != 2
     assert np.isnan(out[2]).all() and same_bits(out[others], expected[others])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_agrees_with_its_parts(isa, rng, kind):
+def test_agrees_with_its_parts(on, rng, kind):
     """moe_permute, three grouped GEMMs, silu_and_mul and moe_unpermute compute the same."""
-    experts, exact = random_experts(rng, kind, 6, 64, 32)
-    x, routes = normal(rng, 9, 64), random_routes(rng, 9, 3, 6)
+    experts, exact = random_experts(on, rng, kind, 6, 64, 32)
+    x, routes = on.normal(rng, 9, 64), random_routes(rng, 9, 3, 6)
     grouped = ops.grouped_gemm if kind == "bf16" else ops.grouped_gemm_int4
-    rows, offsets, inverse = ops.moe_permute(x, routes["topk_ids"], 6)
-    hidden = np.concatenate([grouped(rows, experts[name], offsets) for name in ("gate", "up")], axis=1)
-    y = grouped(ops.silu_and_mul(hidden), experts["down"], offsets)
-    check(x, routes, exact, ops.moe_unpermute(y, routes["topk_weights"], inverse))
+    rows, offsets, inverse = on(ops.moe_permute, x, routes["topk_ids"], 6)
+    hidden = np.concatenate([on(grouped, rows, experts[name], offsets) for name in ("gate", "up")], axis=1)
+    y = on(grouped, on(ops.silu_and_mul, hidden), experts["down"], offsets)
+    out = on(ops.moe_unpermute, y, routes["topk_weights"], inverse)
+    if on.cuda:  # gate and up are rounded too, by half an ulp of each; twice what fused_moe may be off
+        reach = 2 * np.abs(inner_error(x, routes, exact)).max()
+        assert np.abs(np.float64(out) - reference.fused_moe(x, **routes, **exact)).max() < reach
+    else:
+        check(on, x, routes, exact, out)
 
 
-def test_bf16_and_int4_may_mix(isa, rng):
-    plain, exact_plain = random_experts(rng, "bf16", 6, 64, 32)
-    packed, exact_packed = random_experts(rng, "int4", 6, 64, 32)
-    x, routes = normal(rng, 5, 64), random_routes(rng, 5, 3, 6)
-    for name in plain:
-        mixed, exact = plain | {name: packed[name]}, exact_plain | {name: exact_packed[name]}
-        check(x, routes, exact, ops.fused_moe(x, **routes, **mixed))
+@pytest.mark.parametrize("T", [5, 29])
+def test_bf16_and_int4_may_mix(on, rng, T):
+    """On the GPU gate and up are of one kind."""
+    plain, exact_plain = random_experts(on, rng, "bf16", 6, 64, 32)
+    packed, exact_packed = random_experts(on, rng, "int4", 6, 64, 32)
+    x, routes = on.normal(rng, T, 64), random_routes(rng, T, 3, 6)
+    for names in (["gate"], ["up"], ["down"], ["gate", "up"]):
+        mixed = plain | {name: packed[name] for name in names}
+        exact = exact_plain | {name: exact_packed[name] for name in names}
+        if on.cuda and len({"gate", "up"} & set(names)) == 1:
+            with pytest.raises(ValueError, match=r"^fused_moe: .*gate.*up"):
+                on(ops.fused_moe, x, **routes, **mixed)
+        else:
+            check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **mixed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rejects(rng, kind):
-    experts, _ = random_experts(rng, kind, 6, 64, 32)
-    fewer, _ = random_experts(rng, kind, 5, 64, 32)
-    wider, _ = random_experts(rng, kind, 6, 64, 96)
+    on = Cpu("scalar")
+    experts, _ = random_experts(on, rng, kind, 6, 64, 32)
+    fewer, _ = random_experts(on, rng, kind, 5, 64, 32)
+    wider, _ = random_experts(on, rng, kind, 6, 64, 96)
     op, given = (
         ops.fused_moe,
         {"x": normal(rng, 3, 64), **random_routes(rng, 3, 2, 6), **experts, "out": poison(3, 64)},
