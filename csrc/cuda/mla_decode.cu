@@ -14,7 +14,7 @@ constexpr int kPlainThreads = 128;
 
 // A block a row and run, 128 keys at a time, a thread a key for the scores and a column for the values. Columns past
 // the first pass compute the scores again.
-__global__ void __launch_bounds__(kPlainThreads) mla_decode_plain_kernel(Params p, Plan plan) {
+__global__ void __launch_bounds__(kPlainThreads, 8) mla_decode_plain_kernel(Params p, Plan plan) {
   constexpr int kColumns = 4;  // a thread
   GPU_SHARED(weight, float[kPlainThreads]);
   GPU_SHARED(rows, const bf16* [kPlainThreads]);

@@ -26,51 +26,46 @@ struct Memory {
   float scores[2][16 * M][kScorePitch];       // over either half of the columns
   unsigned weights[16 * M][kScorePitch / 2];  // two bf16 each
   float factor[16 * M];                       // what a row's sums are multiplied by
+  int visible[16 * M];                        // keys that a row sees
+  Run run;
 };
 
-// Brings tiles of 32 cache rows into shared memory: eight threads a row, each every eighth 16 bytes of it.
+// The page of this thread's row of the tile at `key`: eight threads share a row. Looked up a tile ahead, as the copy
+// waits for it.
+PTX_FN int look_up(const Params& p, const Run& run, int key) {
+  const unsigned row = key + threadIdx.x / 8;
+  return row < unsigned(run.end) ? page_of(p, run.b, row) : 0;
+}
+
+// Brings 32 cache rows into shared memory, a thread every eighth 16 bytes of its row. Rows behind the run become zeros.
+// So does a row whose page does not exist, but for NaN in the rope part: its score is NaN to those who see it, and its
+// value nothing to others. once: no other block reads these rows.
 template <class W>
-struct Loader {
-  static constexpr int kChunks = W::D / 8;
-
-  const Params& p;
-  const Run& run;
-  uint64_t policy;
-  int key = threadIdx.x / 8, share = threadIdx.x % 8;
-  int page;  // of the row of the tile to load next: read ahead, as the copy waits for it
-
-  PTX_FN Loader(const Params& params, const Run& of, uint64_t l2) : p(params), run(of), policy(l2) { look_up(0); }
-
-  PTX_FN unsigned position(int tile) const { return unsigned(run.begin) + tile * kTileKeys + key; }
-  PTX_FN void look_up(int tile) {
-    if (position(tile) < unsigned(run.end)) page = page_of(p, run.b, position(tile));
-  }
-
-  // Rows behind the run are zeros. So is a row whose page does not exist, but for NaN in the rope part: its score is
-  // NaN to those who see it, and its value nothing to others.
-  PTX_FN void load(int tile, uint4 (&to)[kTileKeys][W::kPitch]) {
-    const bool inside = position(tile) < unsigned(run.end);
-    const bf16* row = inside ? cache_row(p, page, position(tile)) : nullptr;
-    const bool bad = inside && !row;
-    const bf16* from = row ? row : static_cast<const bf16*>(p.cache);
+PTX_FN void load_tile(const Params& p, const Run& run, int key, int page, bool once,
+                      uint4 (&tile)[kTileKeys][W::kPitch]) {
+  constexpr int kChunks = W::D / 8;
+  const int share = threadIdx.x % 8;
+  const unsigned at = key + threadIdx.x / 8;
+  const bool inside = at < unsigned(run.end);
+  const bf16* row = inside ? cache_row(p, page, at) : nullptr;
+  const bf16* from = (row ? row : static_cast<const bf16*>(p.cache)) + 8 * share;
+  uint4* to = tile[threadIdx.x / 8] + share;
+  const uint64_t policy = ptx::l2_policy(once);
 #pragma unroll
-    for (int i = 0; i < (kChunks + 7) / 8; ++i) {
-      const int chunk = share + 8 * i;
-      if (chunk >= kChunks) continue;
-      if (bad && chunk == kChunks - 1)
-        to[key][chunk] = {~0u, ~0u, ~0u, ~0u};
-      else
-        ptx::cp_async16_cached(&to[key][chunk], from + 8 * chunk, row ? 16 : 0, policy);
-    }
-    look_up(tile + 1);
+  for (int i = 0; i < (kChunks + 7) / 8; ++i) {
+    if (share + 8 * i >= kChunks) continue;
+    if (share + 8 * i == kChunks - 1 && inside && !row)
+      to[8 * i] = {~0u, ~0u, ~0u, ~0u};
+    else
+      ptx::cp_async16_cached(to + 8 * i, from + 64 * i, row ? 16 : 0, policy);
   }
-};
+}
 
 // Scores of the warp's 16 rows and 8 * M keys over its half of the columns, which keys points to.
 template <class W, int M>
 PTX_FN void multiply_keys(const unsigned (&q)[W::kSteps][4], const uint4* keys, float* scores) {
   constexpr int kChains = M == 1 ? 2 : 1;  // of mma that wait for each other
-  const int lane = threadIdx.x % kWarp;
+  const int lane = ptx::lane_id();
   float sum[kChains][M][4] = {};
   const uint4* at = keys + lane % 8 * W::kPitch + lane / 8;
 #pragma unroll
@@ -98,12 +93,13 @@ struct Softmax {
   static constexpr int kRowThreads = 16 / M, kKeys = 2 * M;
 
   float largest = -INFINITY, sum = 0;  // sum: of this thread's keys
-  int row = threadIdx.x / kRowThreads, first = threadIdx.x % kRowThreads * kKeys;
 
-  // Scores of keys from `visible` on count as none. Leaves the weights, relative to the largest score so far, and the
-  // factor that brings earlier sums to that.
+  // Scores of keys that the row does not see count as none; `key` is the tile's first. Leaves the weights, relative to
+  // the largest score so far, and the factor that brings earlier sums to that.
   template <class Shared>
-  PTX_FN void step(Shared& shared, float scale, int visible) {
+  PTX_FN void step(Shared& shared, float scale, int key) {
+    const int tid = threadIdx.x / kWarp * kWarp + ptx::lane_id();
+    const int row = tid / kRowThreads, first = tid % kRowThreads * kKeys, visible = shared.visible[row] - key;
     float v[kKeys], top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kKeys; i += 2) {
@@ -142,7 +138,7 @@ struct Softmax {
 template <class W, int M>
 PTX_FN void multiply_values(const unsigned (&weights)[16 * M][kScorePitch / 2], const uint4* values,
                             float (&out)[M][W::kColumns / 8][4]) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = ptx::lane_id();
 #pragma unroll
   for (int s = 0; s < kTileKeys; s += 16) {
     unsigned w[M][4];
@@ -161,6 +157,23 @@ PTX_FN void multiply_values(const unsigned (&weights)[16 * M][kScorePitch / 2], 
   }
 }
 
+// The warp's part of q: 16 rows from `row` on, kHalf columns from `column` on.
+template <class W>
+PTX_FN void load_query(const Params& p, const Run& run, int row, int column, unsigned (&q)[W::kSteps][4]) {
+  const int lane = threadIdx.x % kWarp;
+  row += lane / 4, column += lane % 4 * 2;
+  const bf16* from = p.q + (int64_t(run.b) * run.rows + row) * W::D + column;
+#pragma unroll
+  for (int s = 0; s < W::kSteps; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int down = i % 2 * 8, right = 16 * s + i / 2 * 8;
+      q[s][i] = 0;
+      if (row + down < run.rows && column + right < W::D)
+        q[s][i] = *reinterpret_cast<const unsigned*>(from + down * W::D + right);
+    }
+}
+
 // A block a tile of rows and run. Warp w multiplies half w % 2 of the columns of q and keys: rows 16 * (w / 2 % M) on,
 // keys 8 * M * (w / 2 / M) on. Of the values it takes all rows and keys and its own columns.
 template <class W, int M, int Stages>
@@ -168,44 +181,46 @@ __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, 
   GPU_SHARED_DYNAMIC(bytes, 16);
   auto& shared = *reinterpret_cast<Memory<W, M, Stages>*>(bytes);
   const int unit = blockIdx.x / plan.tiles, tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const Run run = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.tiles, unit % plan.splits);
-  if (run.part >= run.parts) return;
-  const int tiles = (run.end - run.begin + kTileKeys - 1) / kTileKeys;
-
-  Loader<W> loader(p, run, ptx::l2_policy(plan.tiles == 1));  // tiles of rows read the same keys
+  const Run found = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.tiles, unit % plan.splits);
+  if (found.part >= found.parts) return;
+  const Run& run = shared.run;
+  if (tid == 0) shared.run = found;
+  __syncthreads();
+  int page = look_up(p, run, run.begin);
 #pragma unroll
   for (int i = 0; i < Stages - 1; ++i) {
-    if (i < tiles) loader.load(i, shared.keys[i]);
+    const int key = run.begin + i * kTileKeys;
+    if (key < run.end) {
+      load_tile<W>(p, run, key, page, plan.tiles == 1, shared.keys[i]);
+      page = look_up(p, run, key + kTileKeys);
+    }
     ptx::cp_async_commit();
   }
   if constexpr (2 * W::kHalf > W::D)
     for (int i = tid; i < Stages * kTileKeys; i += kThreads)
       for (int c = W::D / 8; c < W::kHalf / 4; ++c) shared.keys[i / kTileKeys][i % kTileKeys][c] = {0, 0, 0, 0};
 
-  const int half = warp % 2 * W::kHalf, q_row = warp / 2 % M * 16, k_row = warp / 2 / M * 8 * M;
+  const int half = warp % 2 * W::kHalf, q_row = warp / 2 % M * 16, k_row = M == 4 ? 0 : warp / 2 / M * 8 * M;
   unsigned q[W::kSteps][4];
-#pragma unroll
-  for (int s = 0; s < W::kSteps; ++s)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = run.row + q_row + lane / 4 + i % 2 * 8, column = half + 16 * s + lane % 4 * 2 + i / 2 * 8;
-      q[s][i] = 0;
-      if (row < run.rows && column < W::D)
-        q[s][i] = *reinterpret_cast<const unsigned*>(p.q + (int64_t(run.b) * run.rows + row) * W::D + column);
-    }
+  load_query<W>(p, run, run.row + q_row, half, q);
 
   float out[M][W::kColumns / 8][4] = {};
   Softmax<M> softmax;
-  const int visible = run.visible(p, run.row + softmax.row) - run.begin, column = warp * W::kColumns;
-  for (int i = 0, stage = 0; i < tiles; ++i, stage = stage + 1 == Stages ? 0 : stage + 1) {
+  const int column = warp * W::kColumns;
+  const int softmax_row = tid / (16 / M);
+  if (tid < 16 * M) shared.visible[tid] = run.visible(p, run.row + tid);
+  for (int key = run.begin, stage = 0; key < run.end; key += kTileKeys, stage = stage + 1 == Stages ? 0 : stage + 1) {
     ptx::cp_async_wait<Stages - 2>();
     __syncthreads();  // the tile is there, and all are done with the one before, which the next load replaces
     const auto& keys = shared.keys[stage];
-    if (i + Stages - 1 < tiles) loader.load(i + Stages - 1, shared.keys[stage == 0 ? Stages - 1 : stage - 1]);
+    if (const int ahead = key + (Stages - 1) * kTileKeys; ahead < run.end) {
+      load_tile<W>(p, run, ahead, page, plan.tiles == 1, shared.keys[stage == 0 ? Stages - 1 : stage - 1]);
+      page = look_up(p, run, ahead + kTileKeys);
+    }
     ptx::cp_async_commit();
     multiply_keys<W, M>(q, &keys[k_row][half / 8], &shared.scores[warp % 2][q_row][k_row]);
     __syncthreads();
-    softmax.step(shared, p.scale * kLog2E, visible - i * kTileKeys);
+    softmax.step(shared, p.scale * kLog2E, key);
     __syncthreads();
     if (column >= W::C) continue;
     float factor[M][2];
@@ -227,9 +242,9 @@ __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, 
 
   __syncthreads();  // all are done with the factors
   const float sum = run.length < 0 ? NAN : softmax.total();
-  if (softmax.first == 0) {
-    shared.factor[softmax.row] = sum == 0 ? 0.0f : 1.0f / sum;
-    const int row = run.row + softmax.row;
+  if (tid % (16 / M) == 0) {
+    shared.factor[softmax_row] = sum == 0 ? 0.0f : 1.0f / sum;
+    const int row = run.row + softmax_row;
     if (row < run.rows) write_log2(p, plan, run, row, sum == 0 ? -INFINITY : softmax.largest + log2f(sum));
   }
   __syncthreads();

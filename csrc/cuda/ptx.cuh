@@ -334,4 +334,16 @@ PTX_FN float reciprocal(float v) {
 #endif
 }
 
+// threadIdx.x % 32 where blocks are of one dimension, read anew at each call: what is computed from it in a loop is not
+// kept in registers from one turn to the next.
+PTX_FN int lane_id() {
+#if defined(__CUDACC__)
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#else
+  return int(threadIdx.x % 32);
+#endif
+}
+
 }  // namespace kimi::ptx
