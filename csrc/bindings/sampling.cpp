@@ -41,6 +41,6 @@ void top_k_top_p_sample(On on, Tensor logits, Tensor uniform, Tensor temperature
 
 }  // namespace
 
-void register_sampling(nb::module_& m) { KIMI_DEFINE_CPU(m, top_k_top_p_sample); }
+void register_sampling(nb::module_& m) { KIMI_DEFINE(m, top_k_top_p_sample); }
 
 }  // namespace kimi

@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
         for (int i = p.Dn; i < width; ++i) score += to_float(q[i]) * to_float(pe[i - p.Dn]);
         score *= scale;
       }
+      // its barriers also part the weights of this tile from the use of those of the last
       const float top = fmaxf(largest, block_reduce<kThreads>(score, -INFINITY, part, Max()));
       const float base = top == -INFINITY ? 0.0f : top, shrink = ptx::exp2_approx(largest - base);
       weight[threadIdx.x] = int(threadIdx.x) < count ? ptx::exp2_approx(score - base) : 0.0f;
@@ -114,7 +115,6 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
         const bf16* v = p.kv + (at.key + first) * p.kv_stride_s + n * p.kv_stride_n + p.Dn + column;
         for (int j = 0; j < count; ++j) value[c] += weight[j] * to_float(v[j * p.kv_stride_s]);
       }
-      __syncthreads();  // before the next weights
     }
     joined = join(largest == -INFINITY ? 0.0f : largest, sum, lse_before);
     for (int c = 0; c < kPerThread; ++c) {

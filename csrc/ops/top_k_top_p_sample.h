@@ -14,8 +14,8 @@ struct TopKTopPSampleParams {
   const int32_t* top_k;      // [B]; 0 keeps all
   const float* top_p;        // [B]; 1 keeps all
   const float* min_p;        // [B]; 0 keeps all
-  int32_t* ids;              // [B]; -1 if the row holds no finite logit
-  float* probabilities;      // [B, V], scratch
+  int32_t* ids;              // [B]; -1 if the largest logit is not finite or a setting is none of these
+  float* probabilities;      // [B, V], scratch of the CPU
   int32_t* order;            // [B, V], scratch
   int B, V;
 };

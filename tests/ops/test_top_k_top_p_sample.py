@@ -7,17 +7,17 @@ from arrays import BF16, assert_rejects, assert_rejects_faults, normal, same_bit
 from kimi_native import ops
 
 
-def check_every_kept_token(logits, temperature, top_k, top_p, min_p):
+def check_every_kept_token(on, logits, temperature, top_k, top_p, min_p):
     """The middle of a kept token's interval draws that token; the ends draw the first and a kept one."""
     ids, p = reference.kept_tokens(logits, temperature, top_k, top_p, min_p)
     wide = np.flatnonzero(p > 1e-4)  # an interval a float32 sum places well
     wide = np.unique(np.r_[wide[:8], wide[:: max(1, wide.size // 24)], wide[-8:]])
     middle = (np.cumsum(p) - p / 2)[wide].astype(np.float32)
     rows = np.repeat(logits[None], len(middle), axis=0)
-    drawn = ops.top_k_top_p_sample(rows, middle, temperature, top_k, top_p, min_p)
+    drawn = on(ops.top_k_top_p_sample, rows, middle, temperature, top_k, top_p, min_p)
     assert same_bits(drawn, ids[wide].astype(np.int32))
     edges = np.array([0, np.nextafter(np.float32(1), np.float32(0))], np.float32)
-    first, last = ops.top_k_top_p_sample(rows[[0, 0]], edges, temperature, top_k, top_p, min_p)
+    first, last = on(ops.top_k_top_p_sample, rows[[0, 0]], edges, temperature, top_k, top_p, min_p)
     assert first == ids[0] and last in ids
 
 
@@ -38,25 +38,25 @@ def check_every_kept_token(logits, temperature, top_k, top_p, min_p):
         (0.0, 3, 0.5, 0.5),
     ],
 )
-def test_draws_from_the_kept_tokens(isa, rng, V, temperature, top_k, top_p, min_p):
+def test_draws_from_the_kept_tokens(on, rng, V, temperature, top_k, top_p, min_p):
     logits = rng.permutation(np.linspace(-4, 4, V)).astype(np.float32)  # no two tokens alike
-    check_every_kept_token(logits, temperature, top_k, top_p, min_p)
+    check_every_kept_token(on, logits, temperature, top_k, top_p, min_p)
 
 
-def test_model_vocabulary(isa, rng):
+def test_model_vocabulary(on, rng):
     logits = normal(rng, 2, 163840, scale=3)
     logits[0, 163839] = 30
     uniform = np.array([0.5, 0.25], np.float32)
-    assert ops.top_k_top_p_sample(logits, uniform, 0.0, 0, 1.0, 0.0).tolist() == [
+    assert on(ops.top_k_top_p_sample, logits, uniform, 0.0, 0, 1.0, 0.0).tolist() == [
         163839,
         int(logits[1].argmax()),
     ]
-    assert ops.top_k_top_p_sample(logits[:1], uniform[:1], 1.0, 0, 0.95, 0.0).tolist() == [163839]
+    assert on(ops.top_k_top_p_sample, logits[:1], uniform[:1], 1.0, 0, 0.95, 0.0).tolist() == [163839]
     expected = reference.top_k_top_p_sample(logits, uniform, 0.6, 50, 0.95, 0.0)
-    assert same_bits(ops.top_k_top_p_sample(logits, uniform, 0.6, 50, 0.95, 0.0), expected)
+    assert same_bits(on(ops.top_k_top_p_sample, logits, uniform, 0.6, 50, 0.95, 0.0), expected)
 
 
-def test_settings_per_row(isa, rng):
+def test_settings_per_row(on, rng):
     logits = np.stack([rng.permutation(np.linspace(-3, 3, 61)) for _ in range(5)]).astype(np.float32)
     uniform = np.array([0.31, 0.62, 0.93, 0.07, 0.5], np.float32)
     settings = (
@@ -66,9 +66,10 @@ def test_settings_per_row(isa, rng):
         np.array([0, 0, 0, 0.1519, 0], np.float32),
     )
     expected = reference.top_k_top_p_sample(logits, uniform, *settings)
-    assert same_bits(ops.top_k_top_p_sample(logits, uniform, *settings), expected)
+    assert same_bits(on(ops.top_k_top_p_sample, logits, uniform, *settings), expected)
     for b in range(5):
-        alone = ops.top_k_top_p_sample(
+        alone = on(
+            ops.top_k_top_p_sample,
             logits[b : b + 1],
             uniform[b : b + 1],
             *(float(s[b]) if s.dtype != np.int32 else int(s[b]) for s in settings),
@@ -76,67 +77,123 @@ def test_settings_per_row(isa, rng):
         assert alone[0] == expected[b]
 
 
-def test_ties_go_to_the_lower_index(isa):
+def test_ties_go_to_the_lower_index(on):
     logits = np.array([[1, 2, 2, 0, 2, 2]], np.float32)
-    draw = lambda u, *settings: ops.top_k_top_p_sample(logits, np.array([u], np.float32), *settings)[0]  # noqa: E731
+    draw = lambda u, *settings: on(ops.top_k_top_p_sample, logits, np.array([u], np.float32), *settings)[0]  # noqa: E731
     assert draw(0.9, 0.0, 0, 1.0, 0.0) == 1
     assert [draw(u, 1.0, 2, 1.0, 0.0) for u in (0.1, 0.4, 0.6, 0.9)] == [1, 1, 2, 2]
     assert [draw(u, 1.0, 0, 1.0, 1.0) for u in (0.1, 0.3, 0.6, 0.9)] == [1, 2, 4, 5]
 
 
-def test_top_p_keeps_the_token_that_reaches_it(isa):
+@pytest.mark.parametrize("V", [5, 1000, 5003])
+def test_all_alike(on, V):
+    """Every token is as likely: uniform is its place."""
+    wanted = np.unique(np.linspace(0, V - 1, 9).astype(np.int32))
+    rows, uniform = np.full((len(wanted), V), -2.5, np.float32), ((wanted + 0.5) / V).astype(np.float32)
+    assert same_bits(on(ops.top_k_top_p_sample, rows, uniform, 0.7, 0, 1.0, 1.0), wanted)
+    middle = on(ops.top_k_top_p_sample, rows, uniform, 0.7, 0, 0.5, 0.0)
+    assert np.abs(middle - (wanted + 0.5) / 2).max() <= 1
+
+
+@pytest.mark.parametrize("V", [40, 5003])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (17, 1.0, 0.0), (0, 0.4567, 0.0), (31, 0.9, 0.3)])
+def test_many_ties(on, rng, V, top_k, top_p, min_p):
+    logits = rng.integers(0, 5, (6, V)).astype(np.float32)
+    logits[:, ::7], logits[:, 1::7] = -0.0, np.nan
+    uniform = np.float32([0.037, 0.21, 0.433, 0.612, 0.84, 0.991])
+    expected = reference.top_k_top_p_sample(logits, uniform, 1.3, top_k, top_p, min_p)
+    assert same_bits(on(ops.top_k_top_p_sample, logits, uniform, 1.3, top_k, top_p, min_p), expected)
+
+
+def test_neighbours_in_the_last_bits(on):
+    """Logits one unit in the last place apart are told apart, whatever their size."""
+    for top in (1.0, 20.0, 300.0):
+        row = np.full(9, top - 5, np.float32)
+        row[[2, 6]] = np.nextafter(np.float32(top), np.float32(0)), top
+        draw = on(ops.top_k_top_p_sample, row[None], np.float32([0.25]), 0.5, 1, 1.0, 0.0)
+        assert draw[0] == 6
+        assert on(ops.top_k_top_p_sample, row[None], np.float32([0.25]), 0.5, 2, 1.0, 0.0)[0] == 6
+        assert on(ops.top_k_top_p_sample, row[None], np.float32([0.75]), 0.5, 2, 1.0, 0.0)[0] == 2
+
+
+def test_top_p_keeps_the_token_that_reaches_it(on):
     """Probabilities 1/2, 1/4, 1/4: 0.5 keeps one token, anything above keeps the next."""
     logits = np.log(np.array([[0.25, 0.5, 0.25]])).astype(np.float32)
     last = np.array([0.999], np.float32)
-    assert ops.top_k_top_p_sample(logits, last, 1.0, 0, 0.49, 0.0)[0] == 1
-    assert ops.top_k_top_p_sample(logits, last, 1.0, 0, 0.51, 0.0)[0] == 0
-    assert ops.top_k_top_p_sample(logits, last, 1.0, 0, 0.76, 0.0)[0] == 2
+    assert on(ops.top_k_top_p_sample, logits, last, 1.0, 0, 0.49, 0.0)[0] == 1
+    assert on(ops.top_k_top_p_sample, logits, last, 1.0, 0, 0.51, 0.0)[0] == 0
+    assert on(ops.top_k_top_p_sample, logits, last, 1.0, 0, 0.76, 0.0)[0] == 2
 
 
-def test_top_p_applies_after_renormalising_the_top_k(isa):
+def test_top_p_applies_after_renormalising_the_top_k(on):
     """0.4, 0.3, 0.2, 0.1 cut to two becomes 4/7, 3/7: top_p 0.5 then keeps one token, not two."""
     logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4]])).astype(np.float32)
-    assert ops.top_k_top_p_sample(logits, np.array([0.99], np.float32), 1.0, 2, 0.5, 0.0)[0] == 3
+    assert on(ops.top_k_top_p_sample, logits, np.array([0.99], np.float32), 1.0, 2, 0.5, 0.0)[0] == 3
 
 
-def test_frequencies(isa):
+def test_frequencies(on):
     """Evenly spaced uniforms draw each token as often as its probability says."""
-    p = np.array([0.05, 0.5, 0.15, 0.3])
-    uniform = ((np.arange(2000) + 0.5) / 2000).astype(np.float32)
-    rows = np.repeat(np.log(p).astype(np.float32)[None], 2000, axis=0)
-    drawn = ops.top_k_top_p_sample(rows, uniform, 1.0, 0, 1.0, 0.0)
-    assert np.abs(np.bincount(drawn, minlength=4) - 2000 * p).max() <= 1
+    p, B = np.array([0.05, 0.5, 0.15, 0.3]), 200 if on.emulated else 2000
+    uniform = ((np.arange(B) + 0.5) / B).astype(np.float32)
+    rows = np.repeat(np.log(p).astype(np.float32)[None], B, axis=0)
+    drawn = on(ops.top_k_top_p_sample, rows, uniform, 1.0, 0, 1.0, 0.0)
+    assert np.abs(np.bincount(drawn, minlength=4) - B * p).max() <= 1
 
 
-def test_nan_and_minus_inf_are_never_drawn(isa):
+def test_nan_and_minus_inf_are_never_drawn(on):
     row = np.array([np.nan, -np.inf, 1, np.nan, 2, -np.inf], np.float32)
     uniform = np.linspace(0, 0.99999, 101).astype(np.float32)
     rows = np.repeat(row[None], 101, axis=0)
-    assert set(ops.top_k_top_p_sample(rows, uniform, 1.0, 0, 1.0, 0.0).tolist()) == {2, 4}
-    assert set(ops.top_k_top_p_sample(rows, uniform, 1.0, 6, 1.0, 0.0).tolist()) == {2, 4}
-    assert set(ops.top_k_top_p_sample(rows, uniform, 0.0, 0, 1.0, 0.0).tolist()) == {4}
+    assert set(on(ops.top_k_top_p_sample, rows, uniform, 1.0, 0, 1.0, 0.0).tolist()) == {2, 4}
+    assert set(on(ops.top_k_top_p_sample, rows, uniform, 1.0, 6, 1.0, 0.0).tolist()) == {2, 4}
+    assert set(on(ops.top_k_top_p_sample, rows, uniform, 0.0, 0, 1.0, 0.0).tolist()) == {4}
 
 
-def test_large_logits_and_tiny_temperature_do_not_overflow(isa):
+def test_large_logits_and_tiny_temperature_do_not_overflow(on):
     logits = np.array([[3e38, -3e38, 0], [-3e38, -2.9e38, -3e38], [1, 2, 3]], np.float32)
     uniform = np.array([0.9, 0.9, 0.9], np.float32)
     for temperature in (1.0, 1e-3, 1e-30):
-        assert ops.top_k_top_p_sample(logits, uniform, temperature, 0, 1.0, 0.0).tolist()[:2] == [0, 1]
-    assert ops.top_k_top_p_sample(logits, uniform, 1e-3, 0, 1.0, 0.0)[2] == 2
+        assert on(ops.top_k_top_p_sample, logits, uniform, temperature, 0, 1.0, 0.0).tolist()[:2] == [0, 1]
+    assert on(ops.top_k_top_p_sample, logits, uniform, 1e-3, 0, 1.0, 0.0)[2] == 2
 
 
-def test_shapes(isa, rng):
-    assert ops.top_k_top_p_sample(np.zeros((0, 5), np.float32), np.zeros(0, np.float32), 1.0, 0, 1.0, 0.0).shape == (0,)
+def test_shapes(on, rng):
+    assert on(
+        ops.top_k_top_p_sample, np.zeros((0, 5), np.float32), np.zeros(0, np.float32), 1.0, 0, 1.0, 0.0
+    ).shape == (0,)
     logits, uniform = normal(rng, 7, 33), rng.random(7, np.float32)
-    expected = ops.top_k_top_p_sample(logits, uniform, 1.0, 0, 1.0, 0.0)
-    assert same_bits(ops.top_k_top_p_sample(strided(logits), uniform, 1.0, 0, 1.0, 0.0), expected)
+    expected = on(ops.top_k_top_p_sample, logits, uniform, 1.0, 0, 1.0, 0.0)
+    assert same_bits(on(ops.top_k_top_p_sample, strided(logits), uniform, 1.0, 0, 1.0, 0.0), expected)
 
 
-def test_input_is_not_changed(isa, rng):
+def test_input_is_not_changed(on, rng):
     logits = normal(rng, 3, 50)
     before = logits.copy()
-    ops.top_k_top_p_sample(logits, np.full(3, 0.5, np.float32), 0.7, 5, 0.9, 0.1)
+    on(ops.top_k_top_p_sample, logits, np.full(3, 0.5, np.float32), 0.7, 5, 0.9, 0.1)
     assert same_bits(logits, before)
+
+
+def test_what_cannot_be_drawn_from_on_the_gpu(on):
+    """Settings and logits are not checked there: such a row gives -1, the others what they should."""
+    if not on.cuda:
+        return
+    bad = {
+        "uniform": [1.0, -0.1, np.nan, np.inf],
+        "temperature": [-1.0, np.nan, np.inf],
+        "top_k": [-1, -(2**31)],
+        "top_p": [-0.1, 0.0, 1.5, np.nan],
+        "min_p": [-0.1, 1.5, np.nan],
+    }
+    for name, values in bad.items():
+        for value in values:
+            given = arguments()
+            given[name][1] = value
+            assert on(ops.top_k_top_p_sample, **given).tolist() == [4, -1, 4], (name, value)
+    for temperature in (0.0, 1.0):
+        given = arguments() | {"temperature": temperature}
+        given["logits"][0], given["logits"][1, 3] = [-np.inf, np.nan] * 4, np.inf
+        assert on(ops.top_k_top_p_sample, **given).tolist() == [-1, -1, 0 if temperature == 0 else 4]
+    assert on(ops.top_k_top_p_sample, np.zeros((2, 0), np.float32), np.zeros(2, np.float32)).tolist() == [-1, -1]
 
 
 def arguments():

@@ -58,14 +58,16 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
 
     score = scale * q . [k_nope, k_pe], out = softmax(score) v, lse = log(sum(exp(score))).
 
-    q: float32 [T, N, Dn + R], rope part last. kv: float32 [S, N, Dn + Dv]: per head the key without rotation, then the
-    value. k_pe: float32 [S, R], one for all heads. The last axes are contiguous, the others may be strided.
+    q: float32, on the GPU bfloat16 [T, N, Dn + R], rope part last. kv: like q [S, N, Dn + Dv]: per head the key without
+    rotation, then the value. k_pe: like q [S, R], one for all heads. The last axes are contiguous, the others may be
+    strided.
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sequence's queries and keys begin and end.
     causal_offsets: int32 [B]; key j of a sequence is visible to its query i iff j <= i + offset.
     state: (out, lse) of an earlier call over other keys of the same queries; it is continued in place, as if the
     softmax had run over all keys at once.
-    Returns out float32 [T, N, Dv], or (out, lse float32 [T, N]) with return_lse. A query that sees no key gets 0, -inf.
-    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Returns out like q [T, N, Dv], or (out, lse float32 [T, N]) with return_lse. A query that sees no key gets 0, -inf.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit. On the GPU lengths are not
+    read beforehand: keys outside kv give NaN, and of queries outside q nothing is written.
     Source: DeepSeek-AI 2024, arXiv 2405.04434; Milakov and Gimelshein 2018, arXiv 1805.02867.
     """
     if state is None:

@@ -23,7 +23,7 @@ def top_k_top_p_sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min
     temperature (>= 0), top_k (0 keeps all), top_p (0 < p <= 1), min_p (0 <= p <= 1): numbers or arrays [B].
     Returns int32 [B].
     Raises ValueError for a shape, a setting out of range or a row whose largest logit is not finite, TypeError for a
-    dtype or kind of array.
+    dtype or kind of array. On the GPU values are not read beforehand: a row with such a setting or logit gives -1.
     """
     B, V = shape_of("top_k_top_p_sample", "logits", logits, 2)
     ids, xp = empty(logits, B, dtype=np.int32), array_module(logits)
