@@ -75,7 +75,7 @@ inline void run_block() {
   wake(all);
   switch_fiber(g.main, next_fiber(), g.main);
   if (!g.error.empty())  // abandoned where they are
-    for (Thread* t : all) {
+    for (auto& t : g.threads) {
       t->made = false;
       t->waits = nullptr;
     }
