@@ -94,6 +94,17 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the reply here; may be given several times",
     )
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where the model runs (default cpu); cuda copies the weights to the GPU and needs CuPy",
+    )
+    add(
+        "--experts",
+        choices=["cpu"],
+        help="with --device cuda: leave the routed experts, 96%% of the bytes, in host memory and compute them on the CPU",
+    )
     add("--cache-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the latent cache")
     add(
         "--threads",
@@ -121,7 +132,9 @@ def load(args) -> Model:
     if args.threads is not None:
         ops.set_num_threads(args.threads)
     with progress_bar("loading") as progress:
-        return Model.load(args.model, cache_dtype=args.cache_dtype, progress=progress)
+        return Model.load(
+            args.model, device=args.device, experts=args.experts, cache_dtype=args.cache_dtype, progress=progress
+        )
 
 
 def run_generate(args) -> None:
@@ -267,7 +280,7 @@ def run_make_tiny(args) -> None:
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(
         prog="kimi-native",
-        description="Run Kimi K2.5 checkpoints as they lie on disk, on the CPU.",
+        description="Run Kimi K2.5 checkpoints as they lie on disk, on the CPU or an NVIDIA GPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -330,6 +343,8 @@ EXAMPLES = """examples:
   kimi-native make-tiny tiny                          a random checkpoint in the published layout
   kimi-native generate --model tiny "Hello"           one reply
   kimi-native chat --model /models/Kimi-K2.5          a conversation
+  kimi-native chat --model /models/Kimi-K2.5 --device cuda --experts cpu
+                                                      the same, attention on the GPU
   kimi-native info /models/Kimi-K2.5                  parameters, bytes, missing tensors"""
 
 
@@ -341,7 +356,7 @@ def main(argv=None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the last two from the GPU
         print(f"kimi-native: {error}", file=sys.stderr)
         return 2
     return 0

@@ -90,7 +90,8 @@ def iter_tokens(
 
     cache: continued if given; the part of token_ids that it already holds is not computed again. sampling: fields of
     SamplingParams. stats is set anew and filled in as generation goes on. progress(done, total) follows the prompt.
-    Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache.
+    Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache,
+    RuntimeError if the GPU has no room for a cache of prompt and reply.
     """
     check_limits(max_new_tokens)
     params = SamplingParams(**sampling)

@@ -320,7 +320,10 @@ class Model:
         if len(cache) + len(ids) > cache.max_tokens:
             cache.reserve(len(ids))  # raises with the numbers
         if self._has_graph(len(ids), cache):
-            return self._decode(ids, cache)
+            logits = self._decode(ids, cache)
+            if progress:
+                progress(len(self.layers), len(self.layers))
+            return logits
         depth, size = len(self.layers), GPU_PREFILL_CHUNK if self.device == "cuda" else PREFILL_CHUNK
         logits = None
         for start in range(0, len(ids), size):

@@ -8,6 +8,7 @@ from numbers import Integral
 import numpy as np
 
 from kimi_native import ops
+from kimi_native.ops._array import array_module, to_host
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,25 @@ class Sampler:
         self.output: Counter[int] = Counter()
 
     def next(self, logits) -> int:
-        """logits: float32 [1, V], changed in place by penalties. Returns a token id."""
+        """logits: float32 [1, V], changed in place by penalties; those on the GPU are brought to the host for them.
+
+        Returns a token id. Raises ValueError if the largest logit is not finite.
+        """
         p = self.params
-        self._penalise(logits[0])
-        uniform = self.rng.random(1, np.float32)
-        token = int(ops.top_k_top_p_sample(logits, uniform, p.temperature, p.top_k, p.top_p, p.min_p)[0])
+        if self._penalises():
+            logits = to_host(logits)
+            self._penalise(logits[0])
+        uniform = array_module(logits).asarray(self.rng.random(1, np.float32))
+        ids = ops.top_k_top_p_sample(logits, uniform, p.temperature, p.top_k, p.top_p, p.min_p)
+        token = int(to_host(ids)[0])
+        if token < 0:  # from the GPU, where the op has no way to say it
+            raise ValueError("top_k_top_p_sample: logits[0] has no finite largest value")
         self.output[token] += 1
         return token
+
+    def _penalises(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1.0 or bool(p.presence_penalty or p.frequency_penalty)
 
     def _penalise(self, logits: np.ndarray) -> None:
         p = self.params

@@ -25,8 +25,7 @@ def gpu_arrays():
         import cupy
     except ImportError as e:
         raise RuntimeError(
-            f'device "cuda" needs CuPy 14 or newer, which cannot be imported ({e}): pip install "cupy-cuda12x[ctk]", or '
-            "cupy-cuda13x[ctk] with a driver for CUDA 13"
+            f'device "cuda" needs CuPy 14 or newer, which cannot be imported ({e}): pip install "cupy-cuda12x[ctk]"'
         ) from e
     if not cupy.is_available():
         raise RuntimeError('device "cuda" needs an NVIDIA GPU and its driver; CuPy finds none')
