@@ -1,8 +1,8 @@
 """CuPy on the host: what the package uses of it, as strict as CuPy where a GPU would make the difference.
 
 Arrays are no NumPy arrays and do not mix with them. New memory holds NaN, and so does memory that was freed. Work is
-queued: on a capturing stream it is recorded, not done, and may not read anything back; a graph repeats what was recorded
-on the same memory. Copies from pinned memory are done when somebody waits for them, as late as that may happen.
+queued: on a capturing stream it is recorded, not done, and may not read anything back; a graph repeats on the same
+memory what was recorded. Copies from pinned memory are done when somebody waits for them, as late as CUDA may.
 
 `cupy` is what the package imports; `Extension` stands for the extension, with the emulator's kernels for arrays on the
 GPU and the CPU's for NumPy arrays; `Cublas` queues the products.

@@ -64,7 +64,15 @@ def assert_refused(result, *parts):
 # Help
 
 SAMPLING = ["--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--threads"]
-SAMPLING += ["--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--cache-dtype", "--instant"]
+SAMPLING += [
+    "--device",
+    "--experts",
+    "--repetition-penalty",
+    "--presence-penalty",
+    "--frequency-penalty",
+    "--cache-dtype",
+    "--instant",
+]
 HELP = {
     (): ["generate", "chat", "info", "make-tiny", "kimi-native make-tiny tiny"],
     ("generate",): ["--model", "--raw", "--system", *SAMPLING, "prompt"],

@@ -103,7 +103,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--experts",
         choices=["cpu"],
-        help="with --device cuda: leave the routed experts, 96%% of the bytes, in host memory and compute them on the CPU",
+        help="with --device cuda: the routed experts, 96%% of the bytes, stay in host memory and run on the CPU",
     )
     add("--cache-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the latent cache")
     add(

@@ -7,7 +7,6 @@ Ops run where their arrays lie: a model is placed by what Weights gives out.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -17,10 +16,12 @@ from ml_dtypes import bfloat16
 
 from kimi_native import ops
 from kimi_native.cache import PAGE_SIZE, Cache, PagePool, check_dtype
-from kimi_native.checkpoint import Checkpoint, CheckpointError
+from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import Config, TextConfig
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
+from kimi_native.placement import Weights, check_device, check_memory
+from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens that go through the layers together
@@ -30,36 +31,10 @@ GPU_PREFILL_CHUNK = 2048
 GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
 
 
-@dataclass
-class Step:
-    """What the layers share while a chunk of tokens passes through them. Arrays lie where the model does."""
-
-    positions: np.ndarray  # int32 [T]
-    slots: np.ndarray  # int64 [T]
-    page_table: np.ndarray  # int32 [1, max_pages]
-    seq_lens: np.ndarray  # int32 [1], tokens in the cache when these have passed
-    cos: np.ndarray  # float32 [P, R / 2]
-    sin: np.ndarray  # float32 [P, R / 2]
-    pages: np.ndarray  # [layers, pages, PAGE_SIZE, C + R], the cache's
-    key_chunks: list["KeyChunk"]  # empty for the absorbed form
-    cache: Cache | None  # None within a graph, which does without its books
-
-
-@dataclass
-class KeyChunk:
-    """Cached tokens start .. stop - 1, whose keys and values the naive form expands together."""
-
-    start: int
-    stop: int
-    cu_seqlens_q: np.ndarray  # int32 [2]
-    cu_seqlens_k: np.ndarray  # int32 [2]
-    causal_offsets: np.ndarray  # int32 [1]
-
-
 class Linear:
     """x @ weight.T with the weight where it lies, bf16 or packed INT4: whichever the checkpoint has."""
 
-    def __init__(self, weights: "Weights", name: str, n_out: int, n_in: int):
+    def __init__(self, weights: Weights, name: str, n_out: int, n_in: int):
         self.arrays = weights.linear(name, n_out, n_in)
 
     def __call__(self, x, out=None):
@@ -76,7 +51,7 @@ class Linear:
 class MLA:
     """Multi-head latent attention. Naive form for many new tokens, absorbed form for few."""
 
-    def __init__(self, config: TextConfig, weights: "Weights", layer: int):
+    def __init__(self, config: TextConfig, weights: Weights, layer: int):
         c, N = config, config.num_attention_heads
         self.config, self.layer = config, layer
         self.scale = softmax_scale(config)
@@ -146,7 +121,7 @@ class MLA:
 class DenseMLP:
     """SwiGLU: down(silu(gate x) * (up x))."""
 
-    def __init__(self, weights: "Weights", hidden_size: int, intermediate_size: int):
+    def __init__(self, weights: Weights, hidden_size: int, intermediate_size: int):
         self.intermediate_size = intermediate_size
         self.gate_proj = Linear(weights, "gate_proj", intermediate_size, hidden_size)
         self.up_proj = Linear(weights, "up_proj", intermediate_size, hidden_size)
@@ -166,7 +141,7 @@ class MoE:
     With experts="cpu" the routed ones lie in host memory and are computed there: tokens cross, weights don't.
     """
 
-    def __init__(self, config: TextConfig, weights: "Weights"):
+    def __init__(self, config: TextConfig, weights: Weights):
         c, E = config, config.n_routed_experts
         self.config, self.experts_on_host = config, weights.experts_on_host
         self.gate = weights.tensor("gate.weight", E, c.hidden_size)
@@ -203,7 +178,7 @@ class MoE:
 class DecoderLayer:
     """Attention and feed-forward, each behind a norm, both added to the residual stream."""
 
-    def __init__(self, config: TextConfig, weights: "Weights", layer: int):
+    def __init__(self, config: TextConfig, weights: Weights, layer: int):
         self.eps = config.rms_norm_eps
         self.input_layernorm = weights.tensor("input_layernorm.weight", config.hidden_size)
         self.self_attn = MLA(config, weights / "self_attn", layer)
@@ -236,7 +211,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         **overrides,
     ):
-        """Map a checkpoint folder as published; no weight is converted. For device "cuda" weights are copied to the GPU.
+        """Map a checkpoint folder as published, and copy it to the GPU for device "cuda". No weight is converted.
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
         when the rest goes to the GPU; None keeps them beside the rest. cache_dtype: "bfloat16" or, on the CPU,
@@ -276,7 +251,7 @@ class Model:
         self._place = np.asarray
         if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
             self._place = gpu.put
-            check_memory(c, weights.room, self.experts_on_host)
+            check_memory(c, weights.room, self.experts_on_host, GPU_PREFILL_CHUNK, GPU_KEY_CHUNK)
             total = weights.room["dense"] + (0 if self.experts_on_host else weights.room["experts"])
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host), None)
@@ -284,7 +259,7 @@ class Model:
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
 
-    def _build(self, weights: "Weights", layer_done: Callable[[int, int], None] | None) -> None:
+    def _build(self, weights: Weights, layer_done: Callable[[int, int], None] | None) -> None:
         c, body = self.config.text_config, weights / "model"
         self.layers = []
         for layer in range(c.num_hidden_layers):
@@ -415,145 +390,8 @@ class Model:
         return self._cos, self._sin
 
 
-class DecodeGraph:
-    """One token through the model as a CUDA graph, for one cache.
-
-    All that differs from token to token lies in one array on the GPU, filled by one copy before each launch: the token's
-    embedding, its slot and position, the length and the page table, which has room for all pages of the cache at once.
-    """
-
-    def __init__(self, model: Model, cache: Cache):
-        max_pages = min(-(-cache.max_tokens // PAGE_SIZE), cache.pool.pages.shape[1])
-        fields = {
-            "embedding": ((1, model.embed_tokens.shape[1]), np.dtype(bfloat16)),
-            "slots": ((1,), np.dtype(np.int64)),
-            "positions": ((1,), np.dtype(np.int32)),
-            "seq_lens": ((1,), np.dtype(np.int32)),
-            "page_table": ((1, max_pages), np.dtype(np.int32)),
-        }
-        sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in fields.values()]
-        self._host = np.zeros(sum(sizes), np.uint8)
-        self._device = gpu.put(self._host)
-        self._inputs, inputs, at = {}, {}, 0
-        for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
-            span = slice(at, at + math.prod(shape) * dtype.itemsize)
-            self._inputs[name] = self._host[span].view(dtype).reshape(shape)
-            inputs[name] = self._device[span].view(dtype).reshape(shape)
-            at += size
-        embedding, (cos, sin) = inputs.pop("embedding"), model._rope_tables(cache.max_tokens)
-        self._fill(model.embed_tokens[:1], cache)  # the row that the first token will write
-        self._step = Step(
-            **inputs, cos=cos, sin=sin, pages=cache.pool.pages, key_chunks=[], cache=None
-        )  # kept: the graph reads its arrays
-
-        def queue():
-            hidden = model._through(embedding, self._step)
-            logits = empty(hidden, 1, model.config.text_config.vocab_size, dtype=np.float32)
-            model.lm_head.logits(hidden, logits)
-            return logits
-
-        self._graph = gpu.Graph(queue)
-
-    def launch(self, embedding, cache: Cache):
-        """Logits float32 [1, V] of the token that follows those in the cache; its row is written, not committed."""
-        self._fill(embedding, cache)
-        return self._graph.launch().copy()
-
-    def _fill(self, embedding, cache: Cache) -> None:
-        inputs, stop = self._inputs, len(cache) + 1
-        inputs["slots"][:] = cache.reserve(1)
-        inputs["embedding"][:] = embedding
-        inputs["positions"][:], inputs["seq_lens"][:] = stop - 1, stop
-        pages = cache.page_table
-        inputs["page_table"][:] = -1
-        inputs["page_table"][:, : pages.shape[1]] = pages
-        self._device.set(self._host)
-
-
-def check_device(device: str, experts: str | None) -> None:
-    """Raises ValueError for a device or a place of the experts that there is not."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}, expected 'cpu' or 'cuda'")
-    if experts not in (None, "cpu"):
-        raise ValueError(f"experts is {experts!r}, expected None, for beside the rest, or 'cpu'")
-
-
-def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool) -> None:
-    """Raises RuntimeError with need and have if the weights, a first cache and the work do not fit on the GPU."""
-    free, total = gpu.free_bytes()
-    cache = GPU_PREFILL_CHUNK * config.num_hidden_layers * config.cache_width * 2
-    rest = room["dense"] + cache + workspace_bytes(config)
-    need, size = rest + (0 if experts_on_host else room["experts"]), gpu.gigabytes
-    if need <= free:
-        return
-    weights = need - cache - workspace_bytes(config)
-    message = (
-        f'device "cuda" needs {size(need)}: weights {size(weights)}, cache of {GPU_PREFILL_CHUNK:,} tokens {size(cache)}, '
-        f"workspace about {size(workspace_bytes(config))}; the GPU has {size(free)} free of {size(total)}"
-    )
-    if not experts_on_host and room["experts"]:
-        message += f'. experts="cpu" (--experts cpu) leaves {size(room["experts"])} of experts in host memory: {size(rest)} remain'
-    raise RuntimeError(message)
-
-
-def workspace_bytes(config: TextConfig) -> int:
-    """About what a chunk of a prompt takes on the GPU beside weights and cache, its last logits included."""
-    c, T, S = config, GPU_PREFILL_CHUNK, GPU_KEY_CHUNK
-    attention = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * 2
-    expanded = (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim) + c.cache_width) * 2
-    dense = 3 * c.intermediate_size * 2
-    routed = c.num_experts_per_tok * (c.hidden_size * (2 + 4) + 3 * c.moe_intermediate_size * 2)
-    return T * (6 * c.hidden_size * 2 + attention + max(dense, routed)) + S * expanded + c.vocab_size * 4
-
-
 def _report(progress, before: int, tokens: int, total: int, layers_done: int) -> None:
     progress(before + tokens * layers_done, total)
-
-
-class Weights:
-    """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name.
-
-    With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
-    add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, prefix: str, upload: gpu.Upload | None = None, experts_on_host: bool = False
-    ):
-        self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
-        self.read_bytes, self.room = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}
-
-    def __truediv__(self, name: str) -> "Weights":
-        below = Weights(self.checkpoint, f"{self.prefix}{name}.", self.upload, self.experts_on_host)
-        below.read_bytes, below.room = self.read_bytes, self.room
-        return below
-
-    def tensor(self, name: str, *shape: int, dtype: str = "BF16", kind: str = "dense"):
-        view = self.checkpoint.tensor(self.prefix + name, shape, dtype)
-        self.read_bytes[kind] += view.nbytes
-        self.room[kind] += gpu.Upload.room(view.nbytes)
-        if self.upload is None or (kind == "experts" and self.experts_on_host):
-            return view
-        return self.upload(view)
-
-    def linear(self, name: str, n_out: int, n_in: int, kind: str = "dense") -> tuple:
-        """(weight,) in bf16 or (weight_packed, weight_scale): INT4 iff weight_packed exists."""
-        if f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
-            return (self.tensor(f"{name}.weight", n_out, n_in, kind=kind),)
-        packed = self.tensor(f"{name}.weight_packed", n_out, n_in // 8, dtype="I32", kind=kind)
-        return packed, self.tensor(f"{name}.weight_scale", n_out, n_in // 32, kind=kind)
-
-    def experts(self, name: str, count: int, n_out: int, n_in: int) -> ops.ExpertWeights:
-        """One projection of all experts; they must agree on bf16 or INT4."""
-        arrays = [self.linear(f"experts.{e}.{name}", n_out, n_in, kind="experts") for e in range(count)]
-        kinds = {len(a) for a in arrays}
-        if len(kinds) > 1:
-            odd = next(e for e in range(count) if len(arrays[e]) != len(arrays[0]))
-            raise CheckpointError(
-                f"{self.prefix}experts.{odd}.{name}: is {'INT4' if len(arrays[odd]) == 2 else 'bf16'}, expected the "
-                f"format of expert 0, {'INT4' if len(arrays[0]) == 2 else 'bf16'}"
-            )
-        return ops.ExpertWeights(*zip(*arrays, strict=True))
 
 
 def prefers_naive(config: TextConfig, new_tokens: int, context: int) -> bool:
