@@ -234,7 +234,8 @@ PTX_FN float exp2_approx(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 #else
-  return exp2f(v);
+  const float r = exp2f(v);
+  return r < 0x1p-126f ? 0.0f : r;
 #endif
 }
 
