@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kPlainThreads, 8) mla_decode_plain_kernel(Para
   GPU_SHARED(weight, float[kPlainThreads]);
   GPU_SHARED(rows, const bf16* [kPlainThreads]);
   GPU_SHARED(part, float[kPlainThreads / kWarp]);
-  const int unit = blockIdx.x / plan.tiles, tid = threadIdx.x;
-  const Run run = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.tiles, unit % plan.splits);
+  const int unit = blockIdx.x / plan.groups, tid = threadIdx.x;
+  const Run run = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.groups, unit % plan.splits);
   if (run.part >= run.parts) return;
   const int64_t row = int64_t(run.b) * run.rows + run.row;
   const bf16* q = p.q + row * (p.C + p.R);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kCombineThreads) mla_decode_combine_kernel(Par
   const int row = int(item / blocks % rows), column = int(item % blocks) * kCombineColumns + lane;
   const int64_t b = item / blocks / rows;
   if (b >= p.B) return;
-  const int parts = find_run(p, plan, int(b), row / plan.tile_rows, 0).parts;
+  const int parts = find_run(p, plan, int(b), row / plan.group_rows, 0).parts;
   if (parts == 1) return;  // written already
 
   const float* log2 = partial_log2(p, plan) + partial_row(p, plan, int(b), 0, row);
@@ -108,17 +108,6 @@ __global__ void __launch_bounds__(kCombineThreads) mla_decode_combine_kernel(Par
 
 // ---- launch --------------------------------------------------------------------------------------
 
-// The fewest splits that keep `slots` blocks nearly as busy as any number does, for `work` equal pieces.
-int choose_splits(int64_t work, int64_t slots, int64_t most) {
-  most = std::max<int64_t>(1, std::min(most, slots));
-  const auto busy = [&](int64_t s) { return double(work * s) / double((work * s + slots - 1) / slots * slots); };
-  double best = 0;
-  for (int64_t s = 1; s <= most; ++s) best = std::max(best, busy(s));
-  for (int64_t s = 1; s < most; ++s)
-    if (busy(s) >= 0.85 * best) return int(s);
-  return int(most);
-}
-
 // The kernel for a call's shape, and what it takes.
 struct Variant {
   void (*kernel)(Params, Plan);
@@ -130,15 +119,15 @@ struct Variant {
 
 template <class W, int M, int Stages>
 Variant tile_variant(int rows) {
-  const int tiles = (rows + 16 * M - 1) / (16 * M);
+  const int groups = (rows + 16 * M - 1) / (16 * M);
   return {mla_decode_tile_kernel<W, M, Stages>,
           kThreads,
           sizeof(Memory<W, M, Stages>),
-          {16 * M, tiles, 1, kTileKeys * std::max(2, M)},
+          {16 * M, groups, 1, kTileKeys * std::max(2, M)},
           1};
 }
 
-// As many rows in a tile as there are, up to 64.
+// As many rows in a group as there are, up to 64.
 template <class W, int Stages>
 Variant tile_variant(int rows) {
   if (rows <= 16) return tile_variant<W, 1, Stages>(rows);
@@ -159,12 +148,26 @@ Variant choose(const Params& p) {
   return {mla_decode_plain_kernel, kPlainThreads, 0, {1, rows, 1, kPlainThreads}, 8};
 }
 
+// The number of runs that takes the least time, in keys that a multiprocessor reads meanwhile: turns of `slots` blocks,
+// each of a run's keys, about 32 to start, and the partial results where there are several runs, written and read once.
+int choose_splits(const Params& p, const Plan& plan, int64_t slots) {
+  const int64_t work = int64_t(p.B) * plan.groups;
+  if (work == 0) return 1;
+  const int64_t most = std::max<int64_t>(1, (int64_t(p.max_seq_len) + plan.min_run - 1) / plan.min_run);
+  const int64_t partial = int64_t(2 * sizeof(float)) * plan.group_rows * p.C / (sizeof(bf16) * (p.C + p.R));
+  const int64_t fewest = (work + slots - 1) / slots;
+  int64_t best = 1, best_cost = fewest * (p.max_seq_len + 32);
+  for (int64_t turns = fewest; turns < fewest + 16; ++turns) {
+    const int64_t splits = std::min(most, turns * slots / work);  // as many as fit in these turns
+    const int64_t cost = turns * (p.max_seq_len / splits + 32 + partial);
+    if (splits > 1 && cost < best_cost) best = splits, best_cost = cost;
+  }
+  return int(best);
+}
+
 Variant make_variant(const Params& p) {
   Variant v = choose(p);
-  const int64_t work = int64_t(p.B) * v.plan.tiles;
-  if (work > 0)
-    v.plan.splits = choose_splits(work, int64_t(v.blocks_per_multiprocessor) * gpu::device().multiprocessors,
-                                  (int64_t(p.max_seq_len) + v.plan.min_run - 1) / v.plan.min_run);
+  v.plan.splits = choose_splits(p, v.plan, int64_t(v.blocks_per_multiprocessor) * gpu::device().multiprocessors);
   return v;
 }
 
@@ -177,7 +180,7 @@ size_t mla_decode_workspace(const Params& p) {
 
 void mla_decode(const Params& p, Stream stream) {
   const Variant v = make_variant(p);
-  const int64_t blocks = int64_t(p.B) * v.plan.splits * v.plan.tiles;
+  const int64_t blocks = int64_t(p.B) * v.plan.splits * v.plan.groups;
   gpu::launch(v.kernel, dim3(unsigned(blocks)), dim3(v.threads), v.shared, stream, p, v.plan);
   if (v.plan.splits == 1) return;
   const int warps = v.plan.splits <= kCombineWarps ? 1 : kCombineWarps, per_block = kCombineWarps / warps;

@@ -10,16 +10,15 @@ using Params = MlaDecodeParams<bf16>;
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// How a call is cut up. Rows are the Q * N queries and heads of a sequence; so many of them, a tile, share every key
-// that is read. The keys of each tile are cut into runs for different blocks.
+// How a call is cut up. Rows are the Q * N queries and heads of a sequence; so many of them, a group, share every
+// key that is read. The keys of each group are cut into runs for different blocks.
 struct Plan {
-  int tile_rows, tiles;  // rows a tile, tiles a sequence
-  int splits;            // runs at most
-  int min_run;           // keys
+  int group_rows, groups;  // rows a group, groups a sequence
+  int splits;              // runs at most
+  int min_run;             // keys
 };
 
-// The run of keys of one block, all of them in multiples of plan.min_run's unit so that runs do not depend on the
-// batch.
+// The run of keys of one block. A sequence's own length decides how it is cut into at most plan.splits.
 struct Run {
   int b, row, rows;  // sequence; first row, rows of the sequence
   int part, parts;   // this run, runs with keys (or one)
@@ -35,14 +34,14 @@ struct Largest {  // NaN gives way
 
 constexpr int kTileKeys = 32;
 
-PTX_FN Run find_run(const Params& p, const Plan& plan, int b, int tile, int part) {
-  const int rows = p.Q * p.N, row = tile * plan.tile_rows, length = p.seq_lens[b];
+PTX_FN Run find_run(const Params& p, const Plan& plan, int b, int group, int part) {
+  const int rows = p.Q * p.N, row = group * plan.group_rows, length = p.seq_lens[b];
   Run run{b, row, rows, part, 1, 0, 0, length};
   if (length < 0 || length > int64_t(p.max_pages) * p.page_size) {
     run.length = -1;
     return run;
   }
-  const int keys = max(0, run.visible(p, min(row + plan.tile_rows, rows) - 1));
+  const int keys = max(0, run.visible(p, min(row + plan.group_rows, rows) - 1));
   const unsigned run_keys = max((unsigned(keys) + plan.splits - 1) / plan.splits, unsigned(plan.min_run));
   const unsigned step = (run_keys + kTileKeys - 1) / kTileKeys * kTileKeys;
   run.parts = max(1, int((keys + step - 1) / step));

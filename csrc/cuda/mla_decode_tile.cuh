@@ -174,14 +174,14 @@ PTX_FN void load_query(const Params& p, const Run& run, int row, int column, uns
     }
 }
 
-// A block a tile of rows and run. Warp w multiplies half w % 2 of the columns of q and keys: rows 16 * (w / 2 % M) on,
+// A block a group of rows and run. Warp w multiplies half w % 2 of the columns of q and keys: rows 16 * (w / 2 % M) on,
 // keys 8 * M * (w / 2 / M) on. Of the values it takes all rows and keys and its own columns.
 template <class W, int M, int Stages>
 __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, Plan plan) {
   GPU_SHARED_DYNAMIC(bytes, 16);
   auto& shared = *reinterpret_cast<Memory<W, M, Stages>*>(bytes);
-  const int unit = blockIdx.x / plan.tiles, tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
-  const Run found = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.tiles, unit % plan.splits);
+  const int unit = blockIdx.x / plan.groups, tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
+  const Run found = find_run(p, plan, unit / plan.splits, blockIdx.x % plan.groups, unit % plan.splits);
   if (found.part >= found.parts) return;
   const Run& run = shared.run;
   if (tid == 0) shared.run = found;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, 
   for (int i = 0; i < Stages - 1; ++i) {
     const int key = run.begin + i * kTileKeys;
     if (key < run.end) {
-      load_tile<W>(p, run, key, page, plan.tiles == 1, shared.keys[i]);
+      load_tile<W>(p, run, key, page, plan.groups == 1, shared.keys[i]);
       page = look_up(p, run, key + kTileKeys);
     }
     ptx::cp_async_commit();
@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, 
     for (int i = tid; i < Stages * kTileKeys; i += kThreads)
       for (int c = W::D / 8; c < W::kHalf / 4; ++c) shared.keys[i / kTileKeys][i % kTileKeys][c] = {0, 0, 0, 0};
 
-  const int half = warp % 2 * W::kHalf, q_row = warp / 2 % M * 16, k_row = M == 4 ? 0 : warp / 2 / M * 8 * M;
+  const int half = warp % 2 * W::kHalf, q_row = warp / 2 % M * 16,
+            k_row = M == 4 ? 0 : warp / 2 / M * 8 * M;  // the compiler does not know warp < 8
   unsigned q[W::kSteps][4];
   load_query<W>(p, run, run.row + q_row, half, q);
 
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) mla_decode_tile_kernel(Params p, 
     __syncthreads();  // the tile is there, and all are done with the one before, which the next load replaces
     const auto& keys = shared.keys[stage];
     if (const int ahead = key + (Stages - 1) * kTileKeys; ahead < run.end) {
-      load_tile<W>(p, run, ahead, page, plan.tiles == 1, shared.keys[stage == 0 ? Stages - 1 : stage - 1]);
+      load_tile<W>(p, run, ahead, page, plan.groups == 1, shared.keys[stage == 0 ? Stages - 1 : stage - 1]);
       page = look_up(p, run, ahead + kTileKeys);
     }
     ptx::cp_async_commit();

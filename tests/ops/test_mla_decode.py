@@ -64,6 +64,11 @@ def skip_float_cache(on, dtype):
         pytest.skip("the cache is bf16 on the GPU")
 
 
+def on_gpu_alone(on, why):
+    if not on.cuda:
+        pytest.skip(why)
+
+
 @FLOAT_CACHE
 @pytest.mark.parametrize("seq_lens", [[1], [300], [64, 65, 5]])
 def test_model_shapes(on, rng, seq_lens, dtype):
@@ -153,6 +158,99 @@ def test_huge_scores_do_not_overflow(on, rng):
     given["cache"] = rng.integers(-4, 5, given["cache"].shape).astype(BF16)
     for scale in (256.0, -256.0, 2.0**-20):
         decode(on, given | {"scale": scale})
+
+
+TILED = [(64, 16), (512, 64)]  # sizes for which the GPU has tensor-core kernels
+
+
+@pytest.mark.parametrize(("Q", "N"), [(1, 1), (1, 4), (4, 4), (1, 17), (3, 8), (4, 8), (1, 64), (5, 16), (65, 2)])
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_rows_that_share_keys(on, rng, Q, N, page_size):
+    """Tiles of 16, 32 and 64 rows, several tiles, tiles not full."""
+    given = random_arguments(rng, [1, 200, 0, 31, 32, 65, Q], page_size, N, 64, 16, Q=Q, draw=on.normal)
+    decode(on, given)
+
+
+@pytest.mark.parametrize(("Q", "N"), [(1, 16), (2, 16), (1, 64), (2, 64)])
+def test_rows_that_share_keys_of_the_model(on, rng, Q, N):
+    given = random_arguments(rng, [100, 33] if N < 64 else [97], 64, N, 512, 64, Q=Q, draw=on.normal)
+    decode(on, given | {"scale": SOFTMAX_SCALE})
+
+
+@pytest.mark.parametrize(("C", "R"), TILED)
+def test_long_runs(on, rng, C, R):
+    """More tiles of keys than are in flight, in one run a sequence and in several."""
+    lengths = [1000, 3, 517] if C == 64 else [700]
+    decode(on, random_arguments(rng, lengths, 32, 4, C, R, draw=on.normal))
+    decode(on, random_arguments(rng, [300, 290, 310, 9, 280], 32, 2, C, R, draw=on.normal))
+
+
+@pytest.mark.parametrize(("C", "R"), TILED)
+def test_largest_score_moves(on, rng, C, R):
+    """The scores rise and fall over the keys by much more than float32's exponent can hold."""
+    given = random_arguments(rng, [160, 160], 16, 4, C, R, draw=on.normal)
+    given["q"][...] = 1
+    token = np.arange(160)
+    slope = np.where(token < 100, token, 200 - token) * 4.0 - 200
+    for b, sign in enumerate((1, -1)):
+        rows = given["cache"][given["page_table"][b, token // 16], token % 16]
+        rows[:, C:] = (sign * slope / R)[:, None]
+        given["cache"][given["page_table"][b, token // 16], token % 16] = rows
+    decode(on, given | {"scale": 1.0})
+
+
+@pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
+def test_nan_reaches_those_who_see_it_on_the_gpu(on, rng, C, R):
+    on_gpu_alone(on, "the softmax of the CPU drops NaN")
+    given = random_arguments(rng, [70, 40], 16, 3, C, R, Q=2, draw=on.normal)
+    given["q"][0, 0, 1, 5] = np.nan
+    out, lse = on(ops.mla_decode, **given, return_lse=True)
+    rows = np.isnan(np.float32(out)).all(axis=-1)
+    assert (rows == np.isnan(lse)).all() and np.argwhere(rows).tolist() == [[0, 0, 1]]
+    given["q"][0, 0, 1, 5] = 0
+    given["cache"][given["page_table"][1, 2], 39 - 32, C:] = np.nan  # the last key's rope part
+    out, lse = on(ops.mla_decode, **given, return_lse=True)
+    rows = np.isnan(np.float32(out)).all(axis=-1)
+    assert (rows == np.isnan(lse)).all() and np.argwhere(rows).tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
+    assert np.isfinite(np.float32(out[~rows])).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6])
+@pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
+def test_pages_outside_the_cache_give_nan_on_the_gpu(on, rng, C, R, bad):
+    """To the queries that see them, in a run of their own or not."""
+    on_gpu_alone(on, "the CPU refuses them")
+    given = random_arguments(rng, [70, 33, 300], 16, 3, C, R, Q=2, draw=on.normal)
+    expected = reference.mla_decode(**given)
+    given["page_table"][1, 2] = bad  # its one token is seen by the last query alone
+    given["page_table"][2, 7] = bad
+    out, lse = on(ops.mla_decode, **given, return_lse=True)
+    hit = np.zeros((3, 2), bool)
+    hit[1, 1] = hit[2] = True
+    assert np.isnan(np.float32(out[hit])).all() and np.isnan(lse[hit]).all()
+    assert_close(out[~hit], expected[~hit], "bfloat16", reduction=400, scale=2.0**15, roundings=2)
+    assert np.isfinite(lse[~hit]).all()
+
+
+@pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
+def test_lengths_past_the_table_give_nan_on_the_gpu(on, rng, C, R):
+    on_gpu_alone(on, "the CPU refuses them")
+    given = random_arguments(rng, [40] * 5, 8, 3, C, R, draw=on.normal)
+    expected = reference.mla_decode(**given)
+    given["seq_lens"][:] = [-1, 40, 57, 2**31 - 1, -(2**31)]
+    assert given["page_table"].shape[1] * 8 == 56
+    out, lse = on(ops.mla_decode, **given, return_lse=True)
+    assert np.isnan(np.float32(out[[0, 2, 3, 4]])).all() and np.isnan(lse[[0, 2, 3, 4]]).all()
+    assert_close(out[1], expected[1], "bfloat16", reduction=400, scale=2.0**15, roundings=2)
+
+
+@pytest.mark.parametrize(("C", "R"), TILED)
+def test_arrays_between_16_bytes(on, rng, C, R):
+    given = random_arguments(rng, [70], 16, 3, C, R, draw=on.normal)
+    for name in ("q", "cache"):
+        shifted = np.empty(given[name].size + 1, given[name].dtype)[1:].reshape(given[name].shape)
+        shifted[...] = given[name]
+        decode(on, given | {name: shifted})
 
 
 def test_rejects(rng):
