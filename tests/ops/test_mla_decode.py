@@ -121,6 +121,12 @@ def test_queries_at_once_equal_single_ones(on, rng):
         decode(on, alone)
 
 
+@pytest.mark.parametrize(("C", "R"), [(16, 8), (300, 4)])
+def test_many_runs_of_one_sequence(on, rng, C, R):
+    """More than there are warps to join them."""
+    decode(on, random_arguments(rng, [3000], 64, 1, C, R, draw=on.normal))
+
+
 def test_out_alone(on, rng):
     given = random_arguments(rng, [5, 40], 3, draw=on.normal)
     assert same_bits(on(ops.mla_decode, **given), on(ops.mla_decode, **given, return_lse=True)[0])
@@ -215,13 +221,14 @@ def test_nan_reaches_those_who_see_it_on_the_gpu(on, rng, C, R):
     assert np.isfinite(np.float32(out[~rows])).all()
 
 
-@pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6])
+@pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6, "pages"])
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
 def test_pages_outside_the_cache_give_nan_on_the_gpu(on, rng, C, R, bad):
     """To the queries that see them, in a run of their own or not."""
     on_gpu_alone(on, "the CPU refuses them")
     given = random_arguments(rng, [70, 33, 300], 16, 3, C, R, Q=2, draw=on.normal)
     expected = reference.mla_decode(**given)
+    bad = len(given["cache"]) if bad == "pages" else bad
     given["page_table"][1, 2] = bad  # its one token is seen by the last query alone
     given["page_table"][2, 7] = bad
     out, lse = on(ops.mla_decode, **given, return_lse=True)
@@ -237,6 +244,7 @@ def test_lengths_past_the_table_give_nan_on_the_gpu(on, rng, C, R):
     on_gpu_alone(on, "the CPU refuses them")
     given = random_arguments(rng, [40] * 5, 8, 3, C, R, draw=on.normal)
     expected = reference.mla_decode(**given)
+    given["page_table"][:, 5:] = given["page_table"][:, :2]  # nothing but the length is wrong
     given["seq_lens"][:] = [-1, 40, 57, 2**31 - 1, -(2**31)]
     assert given["page_table"].shape[1] * 8 == 56
     out, lse = on(ops.mla_decode, **given, return_lse=True)
