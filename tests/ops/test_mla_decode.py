@@ -191,6 +191,14 @@ def test_long_runs(on, rng, C, R):
     decode(on, random_arguments(rng, [300, 290, 310, 9, 280], 32, 2, C, R, draw=on.normal))
 
 
+@pytest.mark.parametrize("N", [8, 32, 64])
+def test_more_tiles_in_flight(on, rng, N):
+    """As on a GPU with more shared memory than the emulated one."""
+    if on.emulated:
+        on.extension.configure(*on.order, shared_per_block=160 << 10)
+    decode(on, random_arguments(rng, [170], 64, N, 512, 64, draw=on.normal))
+
+
 @pytest.mark.parametrize(("C", "R"), TILED)
 def test_largest_score_moves(on, rng, C, R):
     """The scores rise and fall over the keys by much more than float32's exponent can hold."""
