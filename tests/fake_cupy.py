@@ -23,24 +23,26 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Memory:
-    """Bytes on the GPU. Freed ones are kept as NaN, that a kernel which still has their address reads no new values."""
+    """Bytes on the GPU. Freed ones become NaN and are given to the next who asks for as many, as CuPy's pool does."""
 
     def __init__(self, gpu, nbytes):
-        self.gpu, self.bytes = gpu, np.full(nbytes + 15, 0xFF, np.uint8)
+        freed = gpu.freed.setdefault(nbytes, [])
+        self.gpu, self.nbytes = gpu, nbytes
+        self.bytes = freed.pop() if freed and gpu.pool is None else np.full(nbytes + 15, 0xFF, np.uint8)
         self.start = -self.bytes.ctypes.data % 16
         if gpu.pool is not None:
             gpu.pool.blocks.append(self)  # a pool keeps what it once got
 
     def __del__(self):
         self.bytes[:] = 0xFF
-        self.gpu.freed.append(self.bytes)
+        self.gpu.freed[self.nbytes].append(self.bytes)
 
 
 class Gpu:
     """The state of the one GPU."""
 
     def __init__(self):
-        self.freed, self.pool = [], None
+        self.freed, self.pool = {}, None  # size -> blocks
         self.null = Stream(self, ptr=0)
         self.streams, self.current = [self.null], self.null
         self.free, self.total = 80 * 10**9, 85 * 10**9
