@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     for (float x : v) sum += x * x;
   }
   const float scale = 1.0f / sqrtf(warp_reduce(sum, Add()) / float(C) + eps);
+  if (!place.row) return;
 #pragma unroll 2  // 512 elements in vectors: all loads at once
   for (int c = lane * kStep; c < C; c += kWarp * kStep) {
     float v[kStep], w[kStep];
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     load(weight + c, w);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) v[i] *= scale * w[i];
-    if (place.row) store(place.row + c, v);
+    store(place.row + c, v);
   }
 }
 

@@ -14,12 +14,13 @@ constexpr int kSlots = 8;  // rows of y that a thread has in flight
 // last expert are shared out among the tokens.
 template <class Part>
 __global__ void __launch_bounds__(kThreads)
-    moe_permute_kernel(const Part* x, int64_t x_stride, Part* permuted, const int32_t* offsets, const int32_t* inverse,
-                       int T, int width, int K, int E) {
+    moe_permute_kernel(const Part* __restrict__ x, int64_t x_stride, Part* __restrict__ permuted,
+                       const int32_t* offsets, const int32_t* __restrict__ inverse, int T, int width, int K, int E) {
   const int64_t t = blockIdx.x, rows = int64_t(T) * K;
   const int c = blockIdx.y * kThreads + threadIdx.x;
   if (c >= width) return;
   const Part part = x[t * x_stride + c];
+#pragma unroll 8
   for (int k = 0; k < K; ++k) {
     const int64_t row = inverse[t * K + k];
     if (row >= 0) permuted[row * width + c] = part;
@@ -47,17 +48,22 @@ __global__ void __launch_bounds__(kThreads)
   if (c >= width) return;
   float sum[sizeof(Part) / sizeof(bf16)] = {};
   for (int first = 0; first < K; first += kSlots) {
+    int row[kSlots];
     float weight[kSlots];
     Part part[kSlots];
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      const int64_t slot = t * K + first + j, row = first + j < K ? inverse[slot] : -1;
-      const bool taken = row >= 0 && row < M;
-      weight[j] = taken ? weights[slot] : 0;
-      part[j] = taken ? y[row * width + c] : Part{};
+      row[j] = first + j < K ? inverse[t * K + first + j] : -1;
+      if (row[j] >= M) row[j] = -1;
     }
 #pragma unroll
-    for (int j = 0; j < kSlots; ++j) add_weighted(sum, weight[j], part[j]);
+    for (int j = 0; j < kSlots; ++j) {
+      part[j] = row[j] >= 0 ? y[int64_t(row[j]) * width + c] : Part{};
+      weight[j] = row[j] >= 0 ? weights[t * K + first + j] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j)
+      if (row[j] >= 0) add_weighted(sum, weight[j], part[j]);  // the branch keeps the loads before it together
   }
   if constexpr (sizeof(Part) == 16)
     out[t * out_stride + c] = pack8(sum);

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       const int j = i % 4;
       const float logit = j == 0 ? xs.x : j == 1 ? xs.y : j == 2 ? xs.z : xs.w;
       const float added = j == 0 ? bs.x : j == 1 ? bs.y : j == 2 ? bs.z : bs.w;
-      key[i] = expert(i) < E ? key_of(sigmoid(logit) + added) : kNoExpert;
+      key[i] = key_of(sigmoid(logit) + added);
     }
   } else {
     float x[kEach], b[kEach];
@@ -60,8 +60,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       b[i] = expert(i) < E ? bias[expert(i)] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) key[i] = expert(i) < E ? key_of(sigmoid(x[i]) + b[i]) : kNoExpert;
+    for (int i = 0; i < kEach; ++i) key[i] = key_of(sigmoid(x[i]) + b[i]);
   }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) key[i] = expert(i) < E ? key[i] : kNoExpert;
 
   unsigned chosen = 0;  // bit i: key[i]
   int best, second;     // keys
