@@ -26,9 +26,7 @@ void configure(int order, uint64_t seed, int multiprocessors, int shared_per_blo
 }
 
 // What kernels have done since the module was loaded: mma, ldmatrix, extra passes of ldmatrix for bank conflicts.
-std::vector<uint64_t> counters() {
-  return {emu::g.stats.mma, emu::g.stats.ldmatrix, emu::g.stats.ldmatrix_conflicts};
-}
+std::vector<uint64_t> counters() { return {emu::g.stats.mma, emu::g.stats.ldmatrix, emu::g.stats.ldmatrix_conflicts}; }
 
 #else
 

@@ -249,7 +249,8 @@ inline CUtensorMap tensor_map(const bf16* base, int rows, int cols, int64_t stri
   cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
   void* encode = nullptr;
   cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found), "driver");
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found),
+        "driver");
   if (found != cudaDriverEntryPointSuccess) throw Error("the driver has no cuTensorMapEncodeTiled");
   const CUresult r = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(base), size, step_bytes, box, step,
