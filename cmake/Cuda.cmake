@@ -3,8 +3,8 @@
 set(KIMI_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 option(KIMI_EMULATOR "Build the emulator of the CUDA kernels" OFF)
 
-file(GLOB KIMI_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu)
-file(GLOB KIMI_SM90_SOURCES CONFIGURE_DEPENDS csrc/cuda/sm90/*.cu)
+file(GLOB KIMI_CUDA_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
+file(GLOB KIMI_SM90_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/sm90/*.cu)
 
 # nvcc of the wheels nvidia-cuda-nvcc, -crt, -runtime, -cccl and nvidia-nvvm lies beside the Python packages.
 if(NOT KIMI_CUDA STREQUAL OFF)
@@ -45,10 +45,5 @@ if(KIMI_WITH_CUDA)
 endif()
 
 if(KIMI_EMULATOR)
-  add_library(kimi_emulator STATIC ${KIMI_CUDA_SOURCES} ${KIMI_SM90_SOURCES})
-  set_source_files_properties(${KIMI_CUDA_SOURCES} ${KIMI_SM90_SOURCES} PROPERTIES LANGUAGE CXX)
-  target_link_libraries(kimi_emulator PUBLIC kimi_options)
-  target_compile_options(kimi_emulator PRIVATE -x c++ -Wno-unknown-pragmas -Wno-shadow
-    -fno-strict-aliasing)  # kernels load vectors from arrays of scalars, as CUDA code does
-  target_compile_definitions(kimi_emulator PUBLIC KIMI_CUDA KIMI_EMULATOR)
+  add_subdirectory(csrc/cuda/emu)
 endif()
