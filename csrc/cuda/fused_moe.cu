@@ -71,7 +71,7 @@ struct GateUpWork {
   PTX_FN const bf16* column(int tile, int, int n) const {
     return routes.pair[tile / row_tiles][n] < 0 ? nullptr : p.x + n * p.x_stride;
   }
-  PTX_FN void store(int tile, int r, int n, const float (&sums)[2]) const {
+  PTX_FN void store(int tile, int r, int n, const float (&sums)[kStreamTiles]) const {
     const int a = tile / row_tiles, row = tile % row_tiles * kStreamRows + r;
     if (routes.pair[a][n] >= 0 && row < p.I)
       h[int64_t(routes.pair[a][n]) * p.I + row] = to_bf16(silu(sums[0]) * sums[1] * routes.weight[a][n]);
@@ -80,27 +80,30 @@ struct GateUpWork {
 
 // out[t] = sum over all experts, ascending, of down_e h: one sum whose inputs are those of every expert in a row.
 struct DownWork {
+  static constexpr int kRows = kStreamTiles * kStreamRows;
   const FusedMoeParams<bf16>& p;
   const Routes& routes;
   const bf16* h;
   bool vector;
 
-  PTX_FN int tiles() const { return parts_of(p.H, kStreamRows); }
+  PTX_FN int tiles() const { return parts_of(p.H, kRows); }
   PTX_FN int segments() const { return routes.active; }
   PTX_FN int n_in() const { return p.I; }
   PTX_FN int n_out() const { return p.H; }
   PTX_FN bool x_vector() const { return vector; }
-  PTX_FN void source(int tile, int segment, int, const void*& weight, const bf16*& scale, int& row) const {
+  PTX_FN void source(int tile, int segment, int m, const void*& weight, const bf16*& scale, int& row) const {
     const int e = routes.expert[segment];
-    weight = p.down.weight[e], scale = p.down.scale[e], row = tile * kStreamRows;
+    weight = p.down.weight[e], scale = p.down.scale[e], row = tile * kRows + m * kStreamRows;
   }
   PTX_FN const bf16* column(int, int segment, int n) const {
     const int pair = routes.pair[segment][n];
     return pair < 0 ? nullptr : h + int64_t(pair) * p.I;
   }
-  PTX_FN void store(int tile, int r, int n, const float (&sums)[1]) const {
-    const int row = tile * kStreamRows + r;
-    if (n < p.T && row < p.H) p.out[n * p.out_stride + row] = to_bf16(sums[0]);
+  PTX_FN void store(int tile, int r, int n, const float (&sums)[kStreamTiles]) const {
+    const int row = tile * kRows + r;
+    if (n >= p.T) return;
+    if (row < p.H) p.out[n * p.out_stride + row] = to_bf16(sums[0]);
+    if (row + kStreamRows < p.H) p.out[n * p.out_stride + row + kStreamRows] = to_bf16(sums[1]);
   }
 };
 
@@ -108,20 +111,20 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
     fused_moe_gate_up_kernel(FusedMoeParams<bf16> p, bf16* h, bool vector) {
   GPU_SHARED_DYNAMIC(shared, 16);
   GPU_SHARED(routes, Routes);
-  GPU_SHARED(part, float[4 * kStreamWarps * kStreamRows * kStreamTokens]);
+  GPU_SHARED(part, float[kStreamPart]);
   find_routes(routes, p);
   const GateUpWork work{p, routes, h, parts_of(p.I, kStreamRows), vector};
-  WeightStream<2, GateUpWork>(work, reinterpret_cast<StreamStage<2>*>(shared)).run(part);
+  WeightStream<GateUpWork>(work, reinterpret_cast<StreamStage*>(shared)).run(part);
 }
 
-__global__ void __launch_bounds__(kStreamThreads, 4)
+__global__ void __launch_bounds__(kStreamThreads, 2)
     fused_moe_down_kernel(FusedMoeParams<bf16> p, const bf16* h, bool vector) {
   GPU_SHARED_DYNAMIC(shared, 16);
   GPU_SHARED(routes, Routes);
-  GPU_SHARED(part, float[2 * kStreamWarps * kStreamRows * kStreamTokens]);
+  GPU_SHARED(part, float[kStreamPart]);
   find_routes(routes, p);
   const DownWork work{p, routes, h, vector};
-  WeightStream<1, DownWork>(work, reinterpret_cast<StreamStage<1>*>(shared)).run(part);
+  WeightStream<DownWork>(work, reinterpret_cast<StreamStage*>(shared)).run(part);
 }
 
 bool few(const FusedMoeParams<bf16>& p) {
@@ -130,11 +133,11 @@ bool few(const FusedMoeParams<bf16>& p) {
 
 void run_few(const FusedMoeParams<bf16>& p, bf16* h, Stream stream) {
   const int64_t tiles = int64_t(p.T) * p.K * parts_of(p.I, kStreamRows);
-  gpu::launch(fused_moe_gate_up_kernel, stream_grid(tiles, kStreamShared<2>, 2), dim3(kStreamThreads), kStreamShared<2>,
-              stream, p, h, rows_aligned(p.x, p.x_stride, p.H));
-  const int64_t out_tiles = p.T ? parts_of(p.H, kStreamRows) : 0;
-  gpu::launch(fused_moe_down_kernel, stream_grid(out_tiles, kStreamShared<1>, 4), dim3(kStreamThreads),
-              kStreamShared<1>, stream, p, h, rows_aligned(h, p.I, p.I));
+  gpu::launch(fused_moe_gate_up_kernel, stream_grid(tiles, kStreamShared), dim3(kStreamThreads), kStreamShared, stream,
+              p, h, rows_aligned(p.x, p.x_stride, p.H));
+  const int64_t out_tiles = p.T ? parts_of(p.H, DownWork::kRows) : 0;
+  gpu::launch(fused_moe_down_kernel, stream_grid(out_tiles, kStreamShared), dim3(kStreamThreads), kStreamShared, stream,
+              p, h, rows_aligned(h, p.I, p.I));
 }
 
 // ---- many tokens: sort, gate and up, down, sum

@@ -105,7 +105,7 @@ PTX_FN void zero_rows_of_none(const Grouped& p) {
     for (int i = threadIdx.x; i < width; i += blockDim.x) p.out[row * p.out_stride + i] = bf16{0};
 }
 
-PTX_FN float silu(float v) { return v / (1.0f + __expf(-v)); }
+PTX_FN float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 
 // The plain kernels, which grouped_gemm.cu holds.
 void run_grouped(const Grouped& p, Stream stream);

@@ -43,7 +43,8 @@ struct Int4Tile {
           static_cast<const unsigned char*>(s.weight[i / 2]) + int64_t(s.clamped(i / 2, g + i % 2 * 8)) * (s.n_in / 2);
       ptx::cp_async16_under(policy, &stage.words[i][threadIdx.x], row + slab * (kTileSlab / 2) + t * 16);
     }
-    const bf16* scales = s.scale[lane / 16] + int64_t(s.clamped(lane / 16, lane % 16)) * (s.n_in / kInt4Group);
+    const int64_t row = lane < 16 ? s.clamped(0, lane) : s.clamped(1, lane - 16);
+    const bf16* scales = (lane < 16 ? s.scale[0] : s.scale[1]) + row * (s.n_in / kInt4Group);
     ptx::cp_async_cached<8>(&stage.scales[threadIdx.x], scales + slab * (kTileSlab / kInt4Group), true);
   }
 
