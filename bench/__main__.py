@@ -13,6 +13,15 @@ One line a case:
   vs baseline  how many times faster than the same maths in NumPy on the same stored arrays (bf16 or packed INT4,
                converted to float32 as part of the work)
 
+With --device cuda: CuPy arrays on the current GPU, activations in bf16, the shapes of the full model. Other columns:
+
+  cold         median of the repeats: a CUDA graph of one call, timed by events, nothing of the case in the L2 cache
+  chained      what one call adds to a graph of 20 that share the L2 cache; for calls under 100 us
+  of copy      GB/s over the rate of a device-to-device copy (bytes read and written) in the header
+  of bf16      TFLOP/s over the rate of a large bf16 product by cuBLAS in the header
+  vs peers     how many times faster than others' code on the same arrays in the same run: PyTorch (cuBLAS, cuDNN,
+               torch._grouped_mm) and a W4A16 product in Triton, where they are installed
+
 A benchmark never passes or fails. Compare figures of one machine, one header and a quiet moment only. Other programs on
 the same cores or the same memory bus can halve a rate while the spread stays small, and the roof is measured only once,
 at the start: run twice, and believe what comes out twice.
@@ -32,6 +41,8 @@ EXAMPLES = """examples:
   python -m bench fused_moe gemm_int4        two of them
   python -m bench --quick                    all, fewer repeats
   python -m bench mla_decode --isa avx2      with the kernels of another instruction set
+  python -m bench --device cuda              every benchmark on the GPU, meant for six minutes of an H100 and 45 GB
+  python -m bench --device cuda --quick      a few cases of each
   python -m bench gemm --json > before.jsonl one JSON object a line: the header, then the cases, all seconds listed
 """
 
@@ -46,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="*", metavar="name", help="benchmarks to run (default: all; --list shows them)")
     add("--json", action="store_true", help="JSON lines instead of a table")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays lie (default: cpu)")
     add("--isa", metavar="NAME", help="instruction set of the kernels (default: the best this chip has)")
     add("--threads", type=int, metavar="N", help="threads of the kernels, of the roof and of NumPy's BLAS")
-    add("--quick", action="store_true", help="fewer repeats")
+    add("--quick", action="store_true", help="fewer repeats, on a GPU fewer cases")
     add("--list", action="store_true", help="print the names and stop")
     return parser
 
@@ -56,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser()
     args = arguments.parse_args()
+    if args.device == "cuda" and (args.isa is not None or args.threads is not None):
+        arguments.error("--isa and --threads are for --device cpu")
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         arguments.error(f"unknown benchmark {unknown[0]!r}, expected one of: {', '.join(NAMES)}")
@@ -68,9 +82,10 @@ def main() -> int:
         return 0
     try:
         configure(args.isa, args.threads)
-    except ValueError as error:
+        harness = harness_for(args)
+    except (ValueError, RuntimeError) as error:
         arguments.error(str(error))
-    run(modules, args)
+    run(modules, harness)
     return 0
 
 
@@ -83,13 +98,20 @@ def configure(isa: str | None, threads: int | None) -> None:
         ops.set_num_threads(threads)
 
 
-def run(modules, args) -> None:
-    from bench.harness import Harness
+def harness_for(args):
+    if args.device == "cuda":
+        from bench.gpu import GpuHarness as Harness
+    else:
+        from bench.harness import Harness
 
-    harness = Harness(quick=args.quick, json_lines=args.json)
+    return Harness(quick=args.quick, json_lines=args.json)
+
+
+def run(modules, harness) -> None:
     harness.header()
     for module in modules.values():
         module.bench(harness)
+        harness.release()
 
 
 if __name__ == "__main__":

@@ -9,35 +9,36 @@ PAGES, POSITIONS = 256, 4096
 
 
 def bench(harness):
-    rng = shapes.rng()
+    rng, make = shapes.rng(), harness.arrays
     C, R = shapes.KV_LORA_RANK, shapes.ROPE_DIM
-    cache, _ = shapes.paged_cache(rng, 1, PAGES * shapes.PAGE_SIZE)
-    flat = cache.reshape(-1, C + R)
-    weight, angles = shapes.random_bf16(rng, C), rng.random((POSITIONS, R // 2), np.float32) * 6.28
-    cos, sin = np.cos(angles), np.sin(angles)
-    for T in (1, 512):
-        latent, k_pe = shapes.random_f32(rng, T, C), shapes.random_f32(rng, T, R)
-        slots = rng.permutation(len(flat))[:T]
-
-        def numpy_append(latent=latent, k_pe=k_pe, slots=slots):
-            flat[slots] = np.concatenate([latent, k_pe], axis=1).astype(flat.dtype)
-
+    cache = make.bf16(rng, PAGES, shapes.PAGE_SIZE, shapes.CACHE_WIDTH)
+    weight, angles = make.bf16(rng, C), rng.random((POSITIONS, R // 2), np.float32) * 6.28
+    cos, sin = make.put(np.cos(angles)), make.put(np.sin(angles))
+    for T in shapes.TOKENS.of(harness):
+        slots = make.put(rng.permutation(PAGES * shapes.PAGE_SIZE)[:T])
+        new_rows = T * (C + R) * shapes.BYTES_BF16
+        pair = make.normal(rng, T, C), make.normal(rng, T, R), cache, slots
         harness.run(
             "append_mla_cache",
             f"T={T}",
-            lambda latent=latent, k_pe=k_pe, slots=slots: ops.append_mla_cache(latent, k_pe, cache, slots),
-            bytes_moved=T * (C + R) * (shapes.BYTES_F32 + shapes.BYTES_BF16) + slots.nbytes,
-            baseline=numpy_append,
+            lambda pair=pair: ops.append_mla_cache(*pair),
+            bytes_moved=pair[0].nbytes + pair[1].nbytes + new_rows + slots.nbytes,
+            baseline=lambda pair=pair: numpy_append(*pair),
         )
-        kv, positions = shapes.random_f32(rng, T, C + R), rng.integers(0, POSITIONS, T, np.int32)
+        kv, positions = make.normal(rng, T, C + R), make.put(rng.integers(0, POSITIONS, T, np.int32))
         rows = kv, weight, cos, sin, positions, cache, slots, shapes.RMS_NORM_EPS
         harness.run(
             "fused_append_mla_cache",
             f"T={T}",
             lambda rows=rows: ops.fused_append_mla_cache(*rows),
-            bytes_moved=T * (C + R) * (shapes.BYTES_F32 + shapes.BYTES_BF16) + T * (R * shapes.BYTES_F32 + 4 + 8),
+            bytes_moved=kv.nbytes + new_rows + T * R * shapes.BYTES_F32 + positions.nbytes + slots.nbytes,
             baseline=lambda rows=rows: numpy_fused_append(*rows),
         )
+
+
+def numpy_append(latent, k_pe, cache, slots):
+    rows = np.concatenate([latent, k_pe], axis=1)
+    cache.reshape(-1, rows.shape[1])[slots] = rows.astype(cache.dtype)
 
 
 def numpy_fused_append(kv, weight, cos, sin, positions, cache, slots, eps):

@@ -7,10 +7,10 @@ from bench import shapes
 
 
 def bench(harness):
-    rng = shapes.rng()
+    rng, make = shapes.rng(), harness.arrays
     N, C, Dn, Dv = shapes.HEADS, shapes.KV_LORA_RANK, shapes.NOPE_DIM, shapes.V_DIM
-    kv_b_proj = shapes.random_bf16(rng, N, Dn + Dv, C)
-    for T in (1, 64):
+    kv_b_proj = make.bf16(rng, N, Dn + Dv, C)
+    for T in shapes.HEAD_PRODUCT_TOKENS.of(harness):
         run(harness, rng, f"W_UK T={T}", T, kv_b_proj[:, :Dn], transpose_weight=True)
         run(harness, rng, f"W_UV T={T}", T, kv_b_proj[:, Dn:], transpose_weight=False)
 
@@ -19,7 +19,7 @@ def run(harness, rng, case, T, weight, transpose_weight):
     N, n_out, n_in = weight.shape
     if transpose_weight:
         n_out, n_in = n_in, n_out
-    x, out = shapes.random_f32(rng, T, N, n_in), np.zeros((T, N, n_out), np.float32)
+    x, out = harness.arrays.normal(rng, T, N, n_in), harness.arrays.zeros(T, N, n_out)
 
     def numpy_batched_gemm():
         w = weight.astype(np.float32)

@@ -1,4 +1,4 @@
-"""dequantize_int4 and quantize_int4 on one expert's up projection."""
+"""dequantize_int4 and quantize_int4 on one expert's up projection, on a GPU also on whole experts."""
 
 import numpy as np
 from kimi_native import ops
@@ -9,9 +9,15 @@ from bench import baseline, shapes
 
 def bench(harness):
     rng = shapes.rng()
-    n_out, n_in = shapes.EXPERT_UP
-    packed, scale = shapes.random_int4(rng, n_out, n_in)
-    weight = shapes.random_f32(rng, n_out, n_in)
+    for n_out, n_in in shapes.DEQUANTIZED.of(harness):
+        values = n_out * n_in
+        if harness.room_for("dequantize_int4", f"[{n_out}, {n_in}]", 2.5 * values * shapes.BYTES_F32):
+            run(harness, rng, n_out, n_in)
+
+
+def run(harness, rng, n_out, n_in):
+    packed, scale = harness.arrays.int4(rng, n_out, n_in)
+    weight = harness.arrays.float32(rng, n_out, n_in)
     harness.run(
         "dequantize_int4",
         f"[{n_out}, {n_in}]",

@@ -1,7 +1,9 @@
-"""fused_moe: all routed experts of a layer at real width, 32 experts in INT4, 8 random ones a token.
+"""fused_moe: all routed experts of a layer in INT4, eight a token; on the CPU 32 experts, random ones for each token.
 
 GB/s counts packed weights and scales of the distinct experts touched (0.5625 bytes a weight) and nothing else.
 """
+
+from itertools import groupby
 
 import numpy as np
 from kimi_native import ops
@@ -11,25 +13,37 @@ from bench import baseline, shapes
 
 def bench(harness):
     rng = shapes.rng()
-    projections = [
-        shapes.random_experts(rng, *shape) for shape in (shapes.EXPERT_UP, shapes.EXPERT_UP, shapes.EXPERT_DOWN)
-    ]
-    gate, up, down = (experts for _, experts in projections)
-    arrays = list(zip(*(arrays for arrays, _ in projections), strict=True))  # per expert: gate, up, down
-    weights_per_expert = 3 * shapes.HIDDEN * shapes.MOE_INTERMEDIATE
-    for T in (1, 4, 16, 64, 256):
-        x, ids = shapes.random_f32(rng, T, shapes.HIDDEN), shapes.random_ids(rng, T)
+    for (E, intermediate), cases in groupby(shapes.FUSED_MOE.of(harness), key=lambda case: (case.E, case.n_out)):
+        run_experts(harness, rng, list(cases), E, intermediate)
+
+
+def run_experts(harness, rng, cases, E, intermediate):
+    weights_per_expert = 3 * shapes.HIDDEN * intermediate
+    if not harness.room_for("fused_moe", f"E={E} I={intermediate}", 1.2 * E * weights_per_expert * shapes.BYTES_INT4):
+        return
+    arrays, projections = random_layer(harness, rng, E, intermediate)
+    for case in cases:
+        ids = shapes.routed_ids(shapes.rng(), case.T, E, case.routing)
+        x = harness.arrays.normal(rng, case.T, shapes.HIDDEN)
         weights = rng.random(ids.shape, np.float32)
-        out = np.zeros_like(x)
-        touched = len(np.unique(ids))
+        out = harness.arrays.zeros(case.T, shapes.HIDDEN)
+        placed = harness.arrays.put(weights), harness.arrays.put(ids)
+        touched = len(np.unique(ids[ids >= 0]))
         harness.run(
             "fused_moe",
-            f"T={T} experts={touched}",
-            lambda x=x, weights=weights, ids=ids, out=out: ops.fused_moe(x, weights, ids, gate, up, down, out=out),
+            f"E={E} I={intermediate} T={case.T} {case.routing}" if harness.cuda else f"T={case.T} experts={touched}",
+            lambda x=x, placed=placed, out=out: ops.fused_moe(x, *placed, *projections, out=out),
             bytes_moved=touched * weights_per_expert * shapes.BYTES_INT4,
-            operations=2 * ids.size * weights_per_expert,
+            operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
             baseline=lambda x=x, weights=weights, ids=ids: numpy_fused_moe(x, weights, ids, arrays),
         )
+
+
+def random_layer(harness, rng, E, intermediate):
+    """(arrays, [gate, up, down]). arrays: on the CPU, a tuple of the three matrices of each expert."""
+    up, down = (intermediate, shapes.HIDDEN), (shapes.HIDDEN, intermediate)
+    drawn = [harness.arrays.experts(rng, E, *shape) for shape in (up, up, down)]
+    return list(zip(*(arrays for arrays, _ in drawn), strict=True)), [experts for _, experts in drawn]
 
 
 def numpy_fused_moe(x, weights, ids, arrays):

@@ -1,19 +1,19 @@
-"""gemm with the model's bf16 matrices: one token, and prompts of 64 and 512."""
+"""gemm with the model's bf16 matrices: one token, and prompts."""
 
-import numpy as np
+from itertools import groupby
+
 from kimi_native import ops
 
-from bench import baseline, shapes
-
-PROMPTS = {"q_b_proj": (64, 512), "o_proj": (64, 512), "router": (512,)}
+from bench import baseline, peers, shapes
 
 
 def bench(harness):
     rng = shapes.rng()
-    for name, (n_out, n_in) in shapes.PROJECTIONS.items():
-        weight = shapes.random_bf16(rng, n_out, n_in)
-        for T in (1, *PROMPTS.get(name, ())):
-            x, out = shapes.random_f32(rng, T, n_in), np.zeros((T, n_out), np.float32)
+    for name, cases in groupby(shapes.DENSE.of(harness), key=lambda case: case[0]):
+        n_out, n_in = shapes.PROJECTIONS[name]
+        weight = harness.arrays.bf16(rng, n_out, n_in)
+        for _, T in cases:
+            x, out = harness.arrays.normal(rng, T, n_in), harness.arrays.zeros(T, n_out)
             harness.run(
                 "gemm",
                 f"{name} T={T}",
@@ -21,4 +21,5 @@ def bench(harness):
                 bytes_moved=x.nbytes + weight.nbytes + out.nbytes,
                 operations=2 * T * weight.size,
                 baseline=lambda x=x, weight=weight: baseline.gemm(x, weight),
+                peers=lambda x=x, weight=weight: peers.gemm(x, weight),
             )

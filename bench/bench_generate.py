@@ -23,7 +23,8 @@ def bench(harness):
     with tempfile.TemporaryDirectory() as folder:
         fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=fresh) as process:
-            task = process.submit(measure, Path(folder) / "tiny", repeats, ops.isa(), ops.num_threads())
+            device = {"device": "cuda"} if harness.cuda else {}
+            task = process.submit(measure, Path(folder) / "tiny", repeats, ops.isa(), ops.num_threads(), device)
             runs, peak = task.result()
     note = f"peak memory {peak / 2**20:.0f} MiB"
     harness.report(
@@ -38,7 +39,7 @@ def bench(harness):
     )
 
 
-def measure(folder: Path, repeats: int, isa: str, threads: int):
+def measure(folder: Path, repeats: int, isa: str, threads: int, device: dict[str, str]):
     """Runs in the fresh process. Returns (kimi_native.generate.Stats as dicts, one a repeat, peak resident bytes)."""
     from kimi_native import load
     from kimi_native.generate import Stats, generate_tokens
@@ -46,7 +47,7 @@ def measure(folder: Path, repeats: int, isa: str, threads: int):
 
     ops.set_isa(isa)
     ops.set_num_threads(threads)
-    model = load(make_tiny(folder))
+    model = load(make_tiny(folder), **device)
     vocab_size = model.config.text_config.vocab_size
     prompt = shapes.rng().integers(0, vocab_size, PROMPT_TOKENS).tolist()
     runs = []

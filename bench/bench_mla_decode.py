@@ -1,4 +1,4 @@
-"""mla_decode: one token of 1 and 8 sequences, 64 heads, over 4096 and 32768 cached tokens in bf16."""
+"""mla_decode: the last tokens of a batch of sequences, 64 heads or fewer, over the cached tokens in bf16."""
 
 import numpy as np
 from kimi_native import ops
@@ -8,28 +8,50 @@ from bench import baseline, shapes
 
 def bench(harness):
     rng = shapes.rng()
-    N, C, width, scale = shapes.HEADS, shapes.KV_LORA_RANK, shapes.CACHE_WIDTH, shapes.SOFTMAX_SCALE
-    for B, S in ((1, 4096), (1, 32768), (8, 4096), (8, 32768)):
-        cache, page_table = shapes.paged_cache(rng, B, S)
-        q, lengths = shapes.random_f32(rng, B, 1, N, width), np.full(B, S, np.int32)
-        harness.run(
-            "mla_decode",
-            f"B={B} S={S} N={N}",
-            lambda q=q, cache=cache, table=page_table, lengths=lengths: ops.mla_decode(
-                q, cache, table, lengths, C, scale
-            ),
-            bytes_moved=cache.nbytes + q.nbytes + B * N * C * shapes.BYTES_F32,
-            operations=2 * B * S * N * (width + C),
-            baseline=lambda q=q, cache=cache, table=page_table: numpy_mla_decode(q, cache, table),
-        )
+    for case in shapes.DECODE.of(harness):
+        nbytes = case.B * case.S * shapes.CACHE_WIDTH * shapes.BYTES_BF16
+        if harness.room_for("mla_decode", str(case), 1.1 * nbytes):
+            run(harness, rng, case)
+
+
+def run(harness, rng, case):
+    make, C, width = harness.arrays, shapes.KV_LORA_RANK, shapes.CACHE_WIDTH
+    B, Q, N, scale = case.B, case.Q, case.N, shapes.SOFTMAX_SCALE
+    lengths = case_lengths(rng, case)
+    pages = B * -(-int(lengths.max()) // case.page_size)
+    cache = make.bf16(rng, pages, case.page_size, width)
+    page_table = shapes.page_table(rng, B, int(lengths.max()), case.page_size)
+    q, placed = make.normal(rng, B, Q, N, width), (make.put(page_table), make.put(lengths))
+    read, pairs = tokens_and_pairs(lengths, Q)
+    harness.run(
+        "mla_decode",
+        str(case),
+        lambda: ops.mla_decode(q, cache, *placed, C, scale),
+        bytes_moved=read * width * shapes.BYTES_BF16 + q.nbytes + q.nbytes // width * C,
+        operations=2 * pairs * N * (width + C),
+        baseline=lambda: numpy_mla_decode(q, cache, page_table),
+    )
+
+
+def case_lengths(rng, case):
+    """int32 [B]"""
+    if not case.varied:
+        return np.full(case.B, case.S, np.int32)
+    return np.clip(rng.normal(case.S, case.S / 2, case.B), case.Q, 2 * case.S).astype(np.int32)
+
+
+def tokens_and_pairs(lengths, Q):
+    """(cached tokens read, pairs of a query and a token that it sees); query i sees the first S - Q + 1 + i."""
+    read = int(lengths.sum(dtype=np.int64))
+    return read, Q * read - len(lengths) * Q * (Q - 1) // 2
 
 
 def numpy_mla_decode(q, cache, page_table):
-    """Sequence by sequence: its rows as float32, two matrix products."""
-    out = np.empty((len(q), 1, shapes.HEADS, shapes.KV_LORA_RANK), np.float32)
+    """Sequence by sequence: its rows as float32, two matrix products. One query each, which sees them all."""
+    out = np.empty((len(q), shapes.HEADS, shapes.KV_LORA_RANK), np.float32)
     for b, pages in enumerate(page_table):
         rows = cache[pages].reshape(-1, shapes.CACHE_WIDTH).astype(np.float32)  # [S, C + R]
-        scores = q[b] @ rows.T
+        scores = q[b, 0] @ rows.T
         scores *= np.float32(shapes.SOFTMAX_SCALE)
         out[b] = baseline.softmax(scores) @ rows[:, : shapes.KV_LORA_RANK]
     return out

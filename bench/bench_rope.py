@@ -10,10 +10,10 @@ def bench(harness):
     rng = shapes.rng()
     P, N, R = 4096, shapes.HEADS, shapes.ROPE_DIM
     angles = rng.random((P, R // 2), np.float32) * 6.28
-    cos, sin = np.cos(angles), np.sin(angles)
-    for T in (1, 512):
-        x = shapes.random_f32(rng, T, N, shapes.QK_HEAD_DIM)[:, :, shapes.NOPE_DIM :]
-        positions = rng.integers(0, P, T, np.int32)
+    cos, sin = harness.arrays.put(np.cos(angles)), harness.arrays.put(np.sin(angles))
+    for T in shapes.TOKENS.of(harness):
+        x = harness.arrays.normal(rng, T, N, shapes.QK_HEAD_DIM)[:, :, shapes.NOPE_DIM :]
+        positions = harness.arrays.put(rng.integers(0, P, T, np.int32))
         harness.run(
             "rope",
             f"T={T} N={N} R={R}",

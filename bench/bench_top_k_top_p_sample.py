@@ -14,10 +14,12 @@ SETTINGS = {
 
 def bench(harness):
     rng = shapes.rng()
-    for B in (1, 8):
-        logits = shapes.random_f32(rng, B, shapes.VOCAB) * np.float32(4)
-        uniform = rng.random(B, np.float32)
-        for name, settings in SETTINGS.items():
+    for B in shapes.SAMPLED.of(harness):
+        logits = harness.arrays.put(shapes.random_f32(rng, B, shapes.VOCAB) * np.float32(4))
+        uniform = harness.arrays.put(rng.random(B, np.float32))
+        for name, scalars in SETTINGS.items():
+            # arrays on a GPU: a number would be sent there with each call
+            settings = {key: of_rows(harness, key, value, B) for key, value in scalars.items()}
             harness.run(
                 "top_k_top_p_sample",
                 f"B={B} {name}",
@@ -25,10 +27,16 @@ def bench(harness):
                     logits, uniform, **settings
                 ),
                 bytes_moved=logits.nbytes,
-                baseline=lambda logits=logits, uniform=uniform, settings=settings: numpy_sample(
+                baseline=lambda logits=logits, uniform=uniform, settings=scalars: numpy_sample(
                     logits, uniform, **settings
                 ),
             )
+
+
+def of_rows(harness, name, value, B):
+    if not harness.cuda:
+        return value
+    return harness.arrays.put(np.full(B, value, np.int32 if name == "top_k" else np.float32))
 
 
 def numpy_sample(logits, uniform, temperature, top_k, top_p):

@@ -7,11 +7,11 @@ from bench import shapes
 
 
 def bench(harness):
-    rng = shapes.rng()
+    rng, make = shapes.rng(), harness.arrays
     E, K = shapes.EXPERTS, shapes.EXPERTS_PER_TOKEN
-    bias = shapes.random_f32(rng, E) * np.float32(0.1)
-    for T in (1, 512):
-        logits = shapes.random_f32(rng, T, E)
+    bias = make.put(shapes.random_f32(rng, E) * np.float32(0.1))
+    for T in shapes.ROUTER_TOKENS.of(harness):
+        logits = make.float32(rng, T, E)
         harness.run(
             "topk_sigmoid",
             f"T={T} E={E} K={K}",

@@ -19,16 +19,24 @@ import numpy as np
 from kimi_native import ops
 from ml_dtypes import bfloat16
 
+from bench.arrays import Host
 from bench.roofline import Roof, last_level_cache
 
 COLUMNS = "{:23}{:32}{:8}{:>10}  {:>6}  {:34}{:>7}  {}"
 
 
 class Harness:
-    """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table."""
+    """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table.
+
+    A benchmark takes its arrays from `arrays` and its cases from bench.shapes, so it runs here and on bench.gpu's
+    GpuHarness, which has the same methods.
+    """
+
+    cuda = hopper = False
 
     def __init__(self, quick: bool = False, json_lines: bool = False):
         self.quick, self.json_lines = quick, json_lines
+        self.arrays = Host()
         self.roof = Roof.measure()
         self._flush_weight = np.ones((3 * last_level_cache() // 2**14, 2**13), bfloat16)
         self._flush_x = np.ones((1, 2**13), np.float32)
@@ -36,7 +44,7 @@ class Harness:
     def header(self) -> None:
         """Which code ran where, and the roof."""
         facts = {
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "chip": _chip(),
             "isa": ops.isa(),
@@ -58,10 +66,19 @@ class Harness:
         columns = "op", "case", "isa", "median", "spread", "rate", "of roof", "vs baseline"
         print(COLUMNS.format(*columns), flush=True)
 
-    def run(self, op: str, case: str, call, *, bytes_moved: float = 0, operations: float = 0, baseline=None) -> None:
+    def room_for(self, op: str, case: str, nbytes: float) -> bool:
+        """Whether a case can have arrays of so many bytes; the CPU's cases are small."""
+        return True
+
+    def release(self) -> None:
+        """Hand back the memory of arrays that are gone; the CPU does so by itself."""
+
+    def run(
+        self, op: str, case: str, call, *, bytes_moved: float = 0, operations: float = 0, baseline=None, peers=None
+    ) -> None:
         """Time `call` and `baseline`, the same maths in NumPy, and print the line.
 
-        bytes_moved: weights, inputs and outputs, each once. operations: two a multiply-add.
+        bytes_moved: weights, inputs and outputs, each once. operations: two a multiply-add. peers: for GpuHarness.
         """
         call()
         seconds = self._repeat(call, least=3 if self.quick else 7, budget=0.1 if self.quick else 0.7)
@@ -77,7 +94,7 @@ class Harness:
             "isa": ops.isa(),
             "threads": ops.num_threads(),
             "median_seconds": median,
-            "spread": _spread(seconds),
+            "spread": spread(seconds),
             "bytes_per_second": bytes_moved / median or None,
             "operations_per_second": operations / median or None,
             "tokens_per_second": tokens / median or None,
@@ -100,7 +117,7 @@ class Harness:
 
     def _row(self, line: dict) -> str:
         gb, gflop, tokens = (line[f"{unit}_per_second"] or 0.0 for unit in ("bytes", "operations", "tokens"))
-        rates = [_rate(gb / 1e9, "GB/s"), _rate(gflop / 1e9, "GFLOP/s")]
+        rates = [rate_text(gb / 1e9, "GB/s"), rate_text(gflop / 1e9, "GFLOP/s")]
         if gflop / self.roof.peak > gb / self.roof.bandwidth:
             rates.reverse()
         ratio = line["vs_baseline"]
@@ -108,34 +125,34 @@ class Harness:
             line["op"],
             line["case"],
             line["isa"],
-            _time(line["median_seconds"]),
+            time_text(line["median_seconds"]),
             f"±{line['spread']:.0%}",
-            ", ".join(filter(None, [_rate(tokens, "tokens/s"), *rates])),
+            ", ".join(filter(None, [rate_text(tokens, "tokens/s"), *rates])),
             f"{line['of_roof']:.0%}" if line["of_roof"] else "-",
             line["note"] or (f"{ratio:.1f}x numpy" if ratio else "-"),
         )
 
 
-def _spread(seconds: list[float]) -> float:
+def spread(seconds: list[float]) -> float:
     if len(seconds) < 2:
         return 0.0
     low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return (high - low) / 2 / statistics.median(seconds)
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.2f} {unit}"
     return f"{seconds / 1e-6:.1f} us"
 
 
-def _rate(value: float, unit: str) -> str:
+def rate_text(value: float, unit: str) -> str:
     decimals = 0 if value >= 100 else 1 if value >= 1 else 3
     return f"{value:.{decimals}f} {unit}" if value else ""
 
 
-def _commit() -> str:
+def commit() -> str:
     """git describe, "-dirty" for uncommitted changes; "unknown" outside a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:

@@ -10,8 +10,15 @@ results that are still in the cache when a call returns count as moved.
 - peak: square float32 matrix products of NumPy's BLAS (order 2048), on as many threads as BLAS takes, which is counted
   here as CPU time over wall time. It lies below the multiply-add peak of the chip, far below where BLAS does not know
   the chip. Kernels with narrower arithmetic (bf16, integers) may beat it. The instruction set under test has no say.
+
+On a GPU, in GpuRoof, both are medians over random data:
+
+- copy: one buffer of 1 GiB to another, bytes read and bytes written both counted. Kernels that mostly read may pass it
+  by a few percent.
+- bf16: a square product of order 8192 by cuBLAS, through ops.gemm.
 """
 
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from kimi_native import ops
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 UNKNOWN_CACHE = 64 * MIB  # where the system does not tell
 PASSES = 10
+BF16_ORDER = 8192  # of the matrices of the product on a GPU
 
 
 @dataclass
@@ -38,6 +46,17 @@ class Roof:
     def seconds(self, bytes_moved: float, operations: float) -> float:
         """The least time for that much traffic and arithmetic, one overlapping the other perfectly."""
         return max(bytes_moved / self.bandwidth, operations / self.peak)
+
+
+@dataclass
+class GpuRoof:
+    copy: float  # bytes/s, read and written
+    bf16: float  # operations/s, two a multiply-add
+
+    @classmethod
+    def measure(cls, cupy, arrays, seconds) -> "GpuRoof":
+        """seconds(call): those of several calls, each timed on the GPU."""
+        return cls(_copy_bandwidth(cupy, arrays, seconds), _bf16_rate(arrays, seconds))
 
 
 def last_level_cache() -> int:
@@ -66,6 +85,18 @@ def _float32_peak() -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     best = min(_seconds(lambda: np.matmul(a, a, out=out)) for _ in range(PASSES))
     return 2 * order**3 / best, (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+def _copy_bandwidth(cupy, arrays, seconds) -> float:
+    source = arrays.bf16(np.random.default_rng(0), GIB // 2).view(np.uint16)
+    target = cupy.empty_like(source)
+    return 2 * source.nbytes / statistics.median(seconds(lambda: cupy.copyto(target, source)))
+
+
+def _bf16_rate(arrays, seconds) -> float:
+    shape, rng = (BF16_ORDER, BF16_ORDER), np.random.default_rng(0)
+    x, weight, out = arrays.normal(rng, *shape), arrays.bf16(rng, *shape), arrays.zeros(*shape)
+    return 2 * BF16_ORDER**3 / statistics.median(seconds(lambda: ops.gemm(x, weight, out=out)))
 
 
 def _seconds(call) -> float:

@@ -4,8 +4,10 @@ Shape letters: T tokens, B sequences, S length, H hidden, I intermediate, N head
 experts, K experts per token. Source: config.json of the checkpoint.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
-from kimi_native.ops import ExpertWeights
 from ml_dtypes import bfloat16
 
 HIDDEN = 7168
@@ -46,6 +48,146 @@ BYTES_INT4 = 0.5 + 2 / INT4_GROUP  # of a packed weight with its share of the sc
 BYTES_BF16, BYTES_F32 = 2, 4
 
 
+class Cases(NamedTuple):
+    """What a benchmark runs through, on the CPU and on a GPU, there also with --quick."""
+
+    cpu: tuple
+    gpu: tuple
+    quick: tuple
+
+    def of(self, harness) -> tuple:
+        if not harness.cuda:
+            return self.cpu
+        return self.quick if harness.quick else self.gpu
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Tokens of a layer and the matrices that its experts have here."""
+
+    T: int
+    E: int
+    n_out: int = 2 * MOE_INTERMEDIATE  # gate and up together
+    n_in: int = HIDDEN
+    routing: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Decode:
+    B: int
+    S: int
+    N: int = HEADS
+    Q: int = 1
+    page_size: int = PAGE_SIZE
+    varied: bool = False  # lengths normal(S, S / 2)
+
+    def __str__(self):
+        rest = [f"Q={self.Q}"] * (self.Q > 1) + [f"page={self.page_size}"] * (self.page_size != PAGE_SIZE)
+        return " ".join([f"B={self.B} S={self.S} N={self.N}", *rest, *["varied"] * self.varied])
+
+
+@dataclass(frozen=True)
+class Prefill:
+    T: int  # new tokens of a sequence
+    cached: int = 0
+    B: int = 1
+    N: int = HEADS
+
+    def __str__(self):
+        return f"B={self.B} " * (self.B > 1) + f"T={self.T} cached={self.cached} N={self.N}"
+
+
+POWERS = tuple(2**i for i in range(14))  # 1 to 8192 tokens
+STEPS = (1, 8, 64, 512, 4096)
+
+TOKENS = Cases((1, 512), STEPS, (1, 64, 4096))  # of small ops
+ROUTER_TOKENS = Cases((1, 512), (*STEPS, 32768), (1, 64, 4096))
+PERMUTED_TOKENS = Cases((1, 128), STEPS, (1, 64, 4096))
+SAMPLED = Cases((1, 8), (1, 8, 64), (1, 64))
+NORM_WIDTHS = Cases((HIDDEN,), (HIDDEN, Q_LORA_RANK, KV_LORA_RANK), (HIDDEN,))
+LAYER_TOKENS = Cases((1, 16), (1, 4, 8, 16, 64, 512, 4096), (1, 16, 512))
+HEAD_PRODUCT_TOKENS = Cases((1, 64), STEPS, (1, 512))
+
+SWIGLU = Cases(  # (T, I)
+    cpu=((1, MOE_INTERMEDIATE), (1, INTERMEDIATE), (512, MOE_INTERMEDIATE)),
+    gpu=(*((T, MOE_INTERMEDIATE) for T in STEPS), (1, INTERMEDIATE), (4096, INTERMEDIATE)),
+    quick=((1, MOE_INTERMEDIATE), (4096, MOE_INTERMEDIATE)),
+)
+DEQUANTIZED = Cases(  # [out, in]
+    cpu=(EXPERT_UP,),
+    gpu=(EXPERT_UP, (3 * MOE_INTERMEDIATE, HIDDEN), (48 * 3 * MOE_INTERMEDIATE, HIDDEN)),  # one expert, 48 experts
+    quick=((3 * MOE_INTERMEDIATE, HIDDEN),),
+)
+_PROMPTS = {"q_b_proj": (64, 512), "o_proj": (64, 512), "router": (512,)}
+DENSE = Cases(  # (name, T): no more than 512 rows of logits
+    cpu=tuple((name, T) for name in PROJECTIONS for T in (1, *_PROMPTS.get(name, ()))),
+    gpu=tuple((name, T) for name in PROJECTIONS for T in STEPS if name != "lm_head" or T <= 512),
+    quick=tuple((name, T) for name in ("q_a_proj", "o_proj", "router") for T in (1, 4096)),
+)
+DENSE_INT4 = Cases(  # (T, out, in)
+    cpu=tuple((T, *EXPERT_UP) for T in (1, 4, 16, 64, 256)),
+    gpu=(
+        *((T, 8192, 8192) for T in (*POWERS, 16384)),
+        *((T, *shape) for shape in ((7168, 4096), (2048, 7168)) for T in (1, 16, 512, 4096)),
+    ),
+    quick=tuple((T, 8192, 8192) for T in (1, 16, 256, 4096)),
+)
+GROUPED_BF16 = Cases(
+    cpu=tuple(Experts(T, BENCH_EXPERTS, *EXPERT_UP) for T in (1, 16, 256)),
+    gpu=tuple(Experts(T, 48) for T in (8, 64, 512, 4096)),
+    quick=(Experts(512, 48),),
+)
+GROUPED_INT4 = Cases(
+    cpu=GROUPED_BF16.cpu,
+    gpu=(
+        *(Experts(T, EXPERTS) for T in POWERS),
+        *(Experts(T, EXPERTS, routing=routing) for routing in ("zipf", "same") for T in (16, 512, 4096)),
+        *(Experts(T, 48, routing="remote") for T in (8, 64, 512, 4096)),  # one of eight GPUs
+        *(Experts(T, EXPERTS, 2 * MOE_INTERMEDIATE // ways) for ways in (8, 16) for T in STEPS),
+        *(Experts(T, EXPERTS, HIDDEN, MOE_INTERMEDIATE) for T in STEPS),
+        *(Experts(T, 48, HIDDEN, MOE_INTERMEDIATE, "remote") for T in (8, 64, 512, 4096)),
+        *(Experts(T, EXPERTS, HIDDEN, MOE_INTERMEDIATE // ways) for ways in (8, 16) for T in STEPS),
+    ),
+    quick=tuple(Experts(T, EXPERTS) for T in (1, 8, 64, 512, 4096)),
+)
+FUSED_MOE = Cases(  # n_out is the intermediate size here
+    cpu=tuple(Experts(T, BENCH_EXPERTS, MOE_INTERMEDIATE) for T in (1, 4, 16, 64, 256)),
+    gpu=(
+        *(Experts(T, EXPERTS, MOE_INTERMEDIATE) for T in POWERS),
+        *(
+            Experts(T, EXPERTS, MOE_INTERMEDIATE, routing=routing)
+            for routing in ("zipf", "same")
+            for T in (16, 512, 4096)
+        ),
+        *(Experts(T, 48, MOE_INTERMEDIATE, routing="remote") for T in (8, 64, 512, 4096)),
+        *(Experts(T, EXPERTS, MOE_INTERMEDIATE // 8) for T in STEPS),
+    ),
+    quick=tuple(Experts(T, EXPERTS, MOE_INTERMEDIATE) for T in (1, 8, 64, 512, 4096)),
+)
+LENGTHS = 512, 1024, 4096, 8192, 32768, 131072, 262144
+DECODE = Cases(
+    cpu=tuple(Decode(B, S) for B, S in ((1, 4096), (1, 32768), (8, 4096), (8, 32768))),
+    gpu=(
+        *(Decode(B, S) for B in (1, 8, 64, 128) for S in LENGTHS),
+        *(Decode(B, S, N) for N in (16, 8) for B, S in ((1, 4096), (8, 4096), (64, 4096), (128, 4096), (1, 131072))),
+        *(Decode(B, S, Q=Q) for Q in (2, 4) for B, S in ((1, 4096), (64, 4096), (128, 4096), (8, 32768))),
+        *(Decode(128, 4096, page_size=page_size) for page_size in (16, 32, 128)),
+        Decode(128, 4096, varied=True),
+        *(Decode(B, S, Q=Q) for B in (1, 4) for Q in (16, 64, 128) for S in (8192, 65536, 131072)),
+    ),
+    quick=(*(Decode(B, 4096) for B in (1, 8, 64, 128)), Decode(1, 131072), Decode(128, 4096, 8)),
+)
+PREFILL = Cases(
+    cpu=(Prefill(512), Prefill(512, 2048)),
+    gpu=tuple(
+        Prefill(T, cached, B, N)
+        for N in (64, 8)
+        for T, cached, B in ((4096, 0, 1), (2048, 0, 2), (16384, 0, 1), (4096, 32768, 1))
+    ),
+    quick=(Prefill(4096), Prefill(4096, 32768)),
+)
+
+
 def rng() -> np.random.Generator:
     return np.random.default_rng(20251)
 
@@ -68,19 +210,31 @@ def random_int4(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[np.nda
     return packed, np.abs(random_bf16(rng, n_out, n_in // INT4_GROUP))
 
 
-def random_experts(rng: np.random.Generator, n_out: int, n_in: int, quantized: bool = True):
-    """(list of BENCH_EXPERTS weights, ExpertWeights of them); a weight is (packed, scale) or (bf16,)."""
-    draw = random_int4 if quantized else lambda *a: (random_bf16(*a),)
-    arrays = [draw(rng, n_out, n_in) for _ in range(BENCH_EXPERTS)]
-    return arrays, ExpertWeights(*zip(*arrays, strict=True))
-
-
 def random_ids(rng: np.random.Generator, T: int, E: int = BENCH_EXPERTS) -> np.ndarray:
     """int32 [T, EXPERTS_PER_TOKEN]: different experts for each token, all equally likely."""
     return rng.random((T, E)).argsort(axis=1)[:, :EXPERTS_PER_TOKEN].astype(np.int32)
 
 
-def paged_cache(rng: np.random.Generator, B: int, S: int) -> tuple[np.ndarray, np.ndarray]:
-    """(cache bfloat16 [pages, PAGE_SIZE, C + R], page_table int32 [B, S / PAGE_SIZE]), pages in random order."""
-    pages = B * S // PAGE_SIZE
-    return random_bf16(rng, pages, PAGE_SIZE, CACHE_WIDTH), rng.permutation(pages).astype(np.int32).reshape(B, -1)
+def routed_ids(rng: np.random.Generator, T: int, E: int, routing: str) -> np.ndarray:
+    """int32 [T, EXPERTS_PER_TOKEN] over E experts here, -1 for a remote one. A new rng for each case keeps it the same
+    whatever runs before it.
+
+    uniform: all equally likely. zipf: expert of rank r with weight 1 / r. same: every token the same eight, the worst
+    case of load. remote: uniform over all 384 experts of the layer, of which the first E are here.
+    """
+    if routing == "uniform":
+        return random_ids(rng, T, E)
+    if routing == "zipf":
+        popularity = -np.log(1.0 + rng.permutation(E))
+        return np.argsort(-(popularity + rng.gumbel(size=(T, E))), axis=1)[:, :EXPERTS_PER_TOKEN].astype(np.int32)
+    if routing == "same":
+        return np.tile(np.arange(EXPERTS_PER_TOKEN, dtype=np.int32), (T, 1))
+    assert routing == "remote"
+    ids = random_ids(rng, T, EXPERTS)
+    return np.where(ids < E, ids, np.int32(-1))
+
+
+def page_table(rng: np.random.Generator, B: int, S: int, page_size: int = PAGE_SIZE) -> np.ndarray:
+    """int32 [B, pages]: the pages of B sequences of S tokens in random order."""
+    pages = -(-S // page_size)
+    return rng.permutation(B * pages).astype(np.int32).reshape(B, pages)

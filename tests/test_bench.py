@@ -1,0 +1,357 @@
+"""The benchmarks without a GPU: arguments, case lists, counted bytes and operations, and how a GPU would be timed."""
+
+import importlib
+import json
+import math
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+from arrays import BF16
+
+from bench import __main__ as command
+from bench import arrays, gpu, peers, results_page, roofline, shapes
+from bench.bench_mla_decode import tokens_and_pairs
+
+TIMED_OPS = [name for name in command.NAMES if name != "generate"]
+
+
+class Shapes:
+    """Arrays of the right shape and dtype that take no memory."""
+
+    def __init__(self, activation):
+        self.activation = np.dtype(activation)
+
+    def put(self, array):
+        return array
+
+    def float32(self, rng, *shape):
+        return np.broadcast_to(np.float32(0), shape)
+
+    def normal(self, rng, *shape):
+        return self.zeros(*shape)
+
+    def zeros(self, *shape, dtype=None):
+        return np.broadcast_to(np.zeros((), dtype or self.activation), shape)
+
+    def bf16(self, rng, *shape):
+        return np.broadcast_to(BF16.type(0), shape)
+
+    def int4(self, rng, n_out, n_in):
+        return np.broadcast_to(np.int32(0), (n_out, n_in // 8)), self.bf16(rng, n_out, n_in // 32)
+
+    def experts(self, rng, E, n_out, n_in, quantized=True):
+        return [()] * E, SimpleNamespace(shape=(E, n_out, n_in), quantized=quantized)
+
+
+class Recorder:
+    """A harness that notes the cases and runs nothing."""
+
+    def __init__(self, cuda, quick=False):
+        self.cuda = self.hopper = cuda
+        self.quick, self.cases = quick, {}
+        self.arrays = Shapes(BF16 if cuda else np.float32)
+
+    def room_for(self, op, case, nbytes):
+        assert 0 < nbytes < 60e9, "more than a GPU of 80 GB has beside the rest"
+        return True
+
+    def run(self, op, case, call, *, bytes_moved=0, operations=0, baseline=None, peers=None):
+        assert (op, case) not in self.cases
+        assert bytes_moved > 0 and math.isfinite(bytes_moved + operations) and callable(call)
+        assert len(op) < 24 and len(case) < (36 if self.cuda else 32), "wider than its column"
+        self.cases[op, case] = bytes_moved, operations
+
+
+@cache
+def recorded(name, cuda, quick=False):
+    harness = Recorder(cuda, quick)
+    importlib.import_module(f"bench.bench_{name}").bench(harness)
+    return harness.cases
+
+
+@pytest.mark.parametrize("name", TIMED_OPS)
+def test_cases(name):
+    cpu, quick, full = recorded(name, cuda=False), recorded(name, cuda=True, quick=True), recorded(name, cuda=True)
+    assert cpu and quick and len(quick) < len(full)
+    assert {op for op, _ in quick} == {op for op, _ in full} == {op for op, _ in cpu}
+    assert all(full[case] == quick[case] for case in full.keys() & quick.keys())
+
+
+def test_number_of_cases_on_a_gpu():
+    """A case takes about half a second at most, and all of them six minutes."""
+    assert 250 < sum(len(recorded(name, cuda=True)) for name in TIMED_OPS) < 500
+
+
+def test_counted_work():
+    """Against figures worked out apart from the code."""
+    cases = {name: recorded(name, cuda=True) for name in TIMED_OPS}
+
+    def of(op, case, name=None):
+        return cases[name or op][op, case]
+
+    bytes_moved, operations = of("mla_decode", "B=64 S=4096 N=64")
+    assert bytes_moved == 64 * 4096 * 1152 + 64 * 64 * (576 + 512) * 2
+    assert operations == pytest.approx(0.0365e12, rel=2e-3)
+    assert of("fused_moe", "E=384 I=2048 T=1 uniform") == (8 * 24_772_608, 2 * 8 * 3 * 7168 * 2048)
+    assert of("fused_moe", "E=384 I=2048 T=4096 uniform") == (384 * 24_772_608, pytest.approx(2.89e12, rel=2e-3))
+    assert of("fused_moe", "E=384 I=2048 T=512 same")[0] == 8 * 24_772_608
+    remote = of("fused_moe", "E=48 I=2048 T=4096 remote")
+    assert remote[1] == pytest.approx(2.89e12 / 8, rel=0.05)
+    assert of("moe_layer", "E=384 T=4096") == of("fused_moe", "E=384 I=2048 T=4096 uniform")
+    assert of("mla_prefill", "T=4096 cached=0 N=64")[1] == pytest.approx(0.344e12, rel=2e-3)
+    bytes_moved, operations = of("grouped_gemm_int4", "E=384 4096x7168 T=1 uniform", "grouped_gemm")
+    assert (bytes_moved, operations) == (8 * 4096 * 7168 * 0.5625 + 8 * (7168 + 4096) * 2, 2 * 8 * 4096 * 7168)
+    assert of("rms_norm", "T=4096 H=7168")[0] == 4 * 4096 * 7168 + 2 * 7168
+    assert of("fused_add_rms_norm", "T=4096 H=7168", "rms_norm")[0] == (2 + 2 + 4 + 4) * 4096 * 7168 + 2 * 7168
+    assert of("silu_and_mul", "T=4096 I=2048")[0] == 6 * 4096 * 2048
+    assert of("dequantize_int4", "[2048, 7168]")[0] == 2.5625 * 2048 * 7168
+    assert of("gemm", "o_proj T=8") == (2 * (7168 * 8192 + 8 * (7168 + 8192)), 2 * 8 * 7168 * 8192)
+
+
+@pytest.mark.parametrize(("lengths", "Q"), [([5, 9], 1), ([4, 70, 8], 4)])
+def test_pairs_that_decode_looks_at(lengths, Q):
+    seen = sum(S - (Q - 1 - i) for S in lengths for i in range(Q))
+    assert tokens_and_pairs(np.array(lengths, np.int32), Q) == (sum(lengths), seen)
+
+
+def test_routing():
+    rng, E = np.random.default_rng(0), shapes.EXPERTS
+    for routing in ("uniform", "zipf", "same"):
+        ids = shapes.routed_ids(rng, 1000, E, routing)
+        assert ids.dtype == np.int32 and ids.shape == (1000, 8) and ids.min() >= 0 and ids.max() < E
+        assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all(), "an expert twice for one token"
+        loads = sorted(Counter(ids.ravel().tolist()).values())
+        assert {"uniform": len(loads) == E and loads[-1] < 60, "zipf": loads[-1] > 500, "same": loads == [1000] * 8}[
+            routing
+        ]
+    ids = shapes.routed_ids(rng, 1000, 48, "remote")
+    assert ids.min() == -1 and ids.max() == 47 and 0.11 < (ids >= 0).mean() < 0.14
+
+
+def test_arrays_of_a_gpu(monkeypatch):
+    """With NumPy in CuPy's place, and a short period."""
+    monkeypatch.setattr(arrays, "PERIOD", 1001)
+    make, rng = arrays.Gpu(np), np.random.default_rng(0)
+    x = make.normal(rng, 3, 700)
+    assert x.dtype == make.activation == BF16 and x.shape == (3, 700)
+    assert np.array_equal(x.ravel()[:1099], x.ravel()[1001:]) and len(np.unique(x)) > 100
+    assert make.zeros(5, 7, dtype=np.float32).tolist() == [[0.0] * 7] * 5 and make.zeros(0, 7).shape == (0, 7)
+    assert make.put(np.ones(3, BF16)).dtype == BF16 and make.float32(rng, 2, 3).dtype == np.float32
+    (packed, scale), experts = make.experts(rng, 5, 64, 96)
+    assert experts.shape == (5, 64, 96) and experts.quantized
+    assert (packed.shape, packed.dtype, scale.shape, scale.dtype) == ((5, 64, 12), np.int32, (5, 64, 3), BF16)
+    decoded = [reference.dequantize_int4(p, s) for p, s in zip(packed, scale, strict=True)]
+    assert all(len(np.unique(packed[e] ^ packed[0])) == 1 and not np.array_equal(packed[e], packed[0]) for e in (1, 4))
+    assert np.isfinite(np.float32(decoded)).all() and len(np.unique(decoded[0])) > 500
+    (weights,), experts = make.experts(rng, 2, 8, 64, quantized=False)
+    assert experts.shape == (2, 8, 64) and not experts.quantized and weights.dtype == BF16
+
+
+class FakeCupy:
+    """As much of CuPy as the harness of a GPU asks for; what is launched runs at once and takes 10 us by its clock."""
+
+    __version__, ndarray = "fake", np.ndarray
+    zeros, empty, empty_like, asarray = (staticmethod(f) for f in (np.zeros, np.empty, np.empty_like, np.asarray))
+    copyto = staticmethod(np.copyto)
+
+    def __init__(self):
+        self.now, self.recording, self.evictions = 0.0, None, 0
+        fake = self
+
+        class Stream:
+            ptr = 0
+
+            def __init__(self, non_blocking):
+                assert non_blocking
+
+            def use(self):
+                pass
+
+            def synchronize(self):
+                assert fake.recording is None, "not allowed while a graph is captured"
+
+            def begin_capture(self):
+                fake.recording = []
+
+            def end_capture(self):
+                work, fake.recording = fake.recording, None
+                return SimpleNamespace(launch=lambda stream: [call() for call in work])
+
+        class Event:
+            def record(self, stream):
+                self.time = fake.now
+
+            def synchronize(self):
+                pass
+
+        properties = {"name": b"Fake GPU", "l2CacheSize": 1000, "major": 9, "minor": 0}
+        properties |= {"multiProcessorCount": 132, "totalGlobalMem": 80 * 10**9}
+        self.cuda = SimpleNamespace(
+            Stream=Stream,
+            Event=Event,
+            Device=lambda: SimpleNamespace(id=0),
+            MemoryPool=lambda: SimpleNamespace(malloc=None),
+            using_allocator=lambda malloc: nullcontext(),
+            get_elapsed_time=lambda start, stop: 1e3 * (stop.time - start.time),
+            runtime=SimpleNamespace(
+                getDeviceProperties=lambda index: properties,
+                driverGetVersion=lambda: 13000,
+                runtimeGetVersion=lambda: 13000,
+                memGetInfo=lambda: (10 * 10**9, 80 * 10**9),
+            ),
+        )
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
+    def launch(self, seconds=10e-6):
+        def work():
+            self.now += seconds
+
+        work() if self.recording is None else self.recording.append(work)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    cupy = FakeCupy()
+
+    class Array(np.ndarray):
+        def max(self, out):
+            assert self.nbytes == 4 * 1000, "four times the cache"
+            cupy.evictions += 1
+            cupy.launch(1)
+
+        @property
+        def data(self):
+            return SimpleNamespace(memset_async=lambda value, nbytes, stream: cupy.launch(2e-6))
+
+    monkeypatch.setattr(gpu._array, "gpu_arrays", lambda: cupy)
+    monkeypatch.setattr(cupy, "zeros", lambda shape, dtype: np.zeros(shape, dtype).view(Array), raising=False)
+    monkeypatch.setattr(roofline, "GIB", 2**12)
+    monkeypatch.setattr(roofline, "BF16_ORDER", 64)
+    monkeypatch.setattr(roofline.ops, "gemm", lambda x, weight, out: cupy.launch(2 * 64**3 / 800e12))
+    monkeypatch.setattr(cupy, "copyto", lambda target, source: cupy.launch(2 * source.nbytes / 3e12), raising=False)
+    monkeypatch.setattr(peers, "torch", lambda: None)
+    monkeypatch.setattr(peers, "triton_grouped_gemm", lambda: None)
+    return cupy
+
+
+def test_lines_of_a_gpu(fake, capsys):
+    harness = gpu.GpuHarness(quick=True)
+    harness.header()
+    out = capsys.readouterr().out
+    assert "Fake GPU (sm 9.0, 132 multiprocessors" in out and "3000 GB/s copy, 800 TFLOP/s bf16" in out
+    assert "peers: torch absent, triton absent" in out
+    assert out.splitlines()[-1].split()[:8] == ["empty", "memset", "of", "4", "bytes", "2.0", "us", "±0%"]
+
+    def other():
+        return {"other": lambda: fake.launch(25e-6), "broken": lambda: 1 / 0, **peers.gemm(None, None)}
+
+    before = fake.evictions
+    harness.run("gemm", "a case", fake.launch, bytes_moved=15e6, operations=4e9, peers=other)
+    assert fake.evictions > before
+    line = capsys.readouterr().out
+    assert line.split()[:6] == ["gemm", "a", "case", "10.0", "us", "±0%"]
+    assert "10.0 us  1500 GB/s, 400 TFLOP/s " in line and " 50%     50%" in line
+    assert line.rstrip().endswith("2.50x other, broken failed (ZeroDivisionError), torch absent")
+
+    def fails():
+        raise RuntimeError("gemm: this build has no CUDA kernel of it")
+
+    harness.run("gemm", "b", fails)
+    assert capsys.readouterr().out.split(maxsplit=2)[2] == "failed: gemm: this build has no CUDA kernel of it\n"
+    assert not harness.room_for("gemm", "c", 9.5e9) and "10 GB, 10 GB are free" in capsys.readouterr().out
+    assert harness.room_for("gemm", "c", 8e9)
+
+
+def test_json_lines_of_a_gpu(fake, capsys):
+    harness = gpu.GpuHarness(json_lines=True)
+    harness.header()
+    harness.run("op", "case", fake.launch, bytes_moved=3e6)
+    header, empty, line = map(json.loads, capsys.readouterr().out.splitlines())
+    assert header["copy_bytes_per_second"] == pytest.approx(3e12) and header["peers"] == {"torch": None, "triton": None}
+    assert empty["op"] == "empty" and line["bytes_per_second"] == pytest.approx(3e11)
+    assert line["chained_seconds"] == pytest.approx(10e-6) and line["of_bf16"] is None and len(line["seconds"]) == 30
+
+
+def test_page_of_results(fake, capsys):
+    harness = gpu.GpuHarness(json_lines=True, quick=True)
+    harness.header()
+    harness.run("gemm", "a", fake.launch, bytes_moved=15e6, operations=4e9, peers=lambda: {"other": None})
+    assert not harness.room_for("gemm", "b", 9.5e9)
+    page = results_page.page("Fake chip; commit abc", capsys.readouterr().out.splitlines())
+    assert "# Fake GPU, 20" in page and "Fake chip; commit abc. " in page and "moved 3000 GB/s" in page
+    assert "| gemm | a | 10 | 10 | 1.5e+03 | 400 | 50% | 50% | other absent |" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {10} and rows[-1].endswith("10 GB are free |")
+
+
+def test_what_cannot_be_captured_is_timed_by_itself(fake, capsys):
+    harness = gpu.GpuHarness(quick=True)
+
+    def asks_the_gpu():
+        harness.stream.synchronize()
+        fake.launch()
+
+    def refuses():
+        if fake.recording is not None:
+            raise RuntimeError("not while capturing")
+        fake.launch()
+
+    with pytest.raises(AssertionError):
+        harness.run("op", "case", asks_the_gpu)
+    harness.run("op", "case", refuses)
+    assert capsys.readouterr().out.rstrip().endswith("not captured")
+
+
+def test_the_emulator_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu._array, "gpu_arrays", lambda: np)
+    with pytest.raises(RuntimeError, match="emulator"):
+        gpu.GpuHarness()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["gem"], "unknown benchmark 'gem'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "cuda", "--threads", "2"], "--isa and --threads are for --device cpu"),
+        (["--device", "cuda", "--isa", "avx2"], "--isa and --threads are for --device cpu"),
+        (["--isa", "mmx"], "mmx"),
+    ],
+)
+def test_wrong_arguments(argv, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", *argv])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert says in capsys.readouterr().err
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    def absent():
+        raise RuntimeError('device "cuda" needs an NVIDIA GPU')
+
+    monkeypatch.setattr(gpu._array, "gpu_arrays", absent)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda", "gemm"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_list(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--list"])
+    assert command.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == command.NAMES and all(len(line.split()) > 3 for line in lines)
+
+
+def test_tiles_of_the_triton_peer():
+    pytest.importorskip("triton")
+    from bench.triton_grouped_gemm import tiles_of
+
+    assert tiles_of(np.array([3, 0, 33, 16]), 16) == [(0, 0, 3), (2, 3, 36), (2, 19, 36), (2, 35, 36), (3, 36, 52)]
