@@ -26,11 +26,12 @@ endif()
 
 function(kimi_add_kernels name architectures)
   add_library(${name} STATIC ${ARGN})
-  set_target_properties(${name} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
-    CUDA_ARCHITECTURES "${architectures}" POSITION_INDEPENDENT_CODE ON)
+  set_target_properties(${name} PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES "${architectures}"
+    POSITION_INDEPENDENT_CODE ON)
+  set_property(TARGET ${name} PROPERTY CXX_STANDARD)  # CUDA's too, and CMake 3.25 does not know that nvcc 13 takes 20
   target_include_directories(${name} PRIVATE csrc)
-  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Werror=all-warnings
-    -Xcompiler=-Wall,-Wextra>)
+  target_compile_options(${name} PRIVATE -std=c++20 -Xfatbin=-compress-all -Werror=all-warnings
+    -Xcompiler=-Wall,-Wextra)
 endfunction()
 
 if(KIMI_WITH_CUDA)
