@@ -8,7 +8,6 @@ namespace kimi::cuda {
 namespace {
 
 // ---- at most eight tokens: two launches, each of which finds out by itself which experts have tokens
-// -----------------
 
 constexpr int kFewPairs = 64;
 
@@ -141,7 +140,6 @@ void run_few(const FusedMoeParams<bf16>& p, bf16* h, Stream stream) {
 }
 
 // ---- many tokens: sort, gate and up, down, sum
-// ------------------------------------------------------------------------
 
 constexpr int kCombineThreads = 256;
 
