@@ -331,6 +331,9 @@ class Extension:
             return ExpertTable(self.emulator, weights, scales)
         return self.cpu.ExpertTable(weights, scales)
 
+    def check_gpu(self, index):
+        self.emulator.check_gpu(index)
+
     def __getattr__(self, op):
         def run(*arguments):
             *arguments, stream = arguments

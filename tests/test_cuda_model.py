@@ -435,6 +435,16 @@ def test_with_an_old_cupy(gpu, folder, monkeypatch):
         kn.load(folder, device="cuda")
 
 
+def test_with_an_old_gpu(gpu, folder):
+    gpu.extension.emulator.configure(0, compute_capability=75)
+    message = "GPU 0 has compute capability 7.5, expected 8.0 or higher"
+    with pytest.raises(RuntimeError, match=message):
+        kn.load(folder, device="cuda")
+    x = np.ones((1, 8), BF16)
+    with pytest.raises(RuntimeError, match=f"rms_norm: {message}"):
+        ops.rms_norm(gpu_module.put(x), gpu_module.put(x[0]), 1e-5)
+
+
 def test_arrays_in_two_places(gpu, rng):
     x, weight = rng.standard_normal((3, 8)).astype(BF16), rng.standard_normal((5, 8)).astype(BF16)
     with pytest.raises(TypeError, match="gemm: weight is a NumPy array, expected a CuPy array like the first argument"):

@@ -3,9 +3,10 @@
 
 #include "bindings/register.h"
 #include "core/check.h"
-#if defined(KIMI_EMULATOR)
+#if defined(KIMI_CUDA)
 #include "cuda/gpu.h"
-#else
+#endif
+#if !defined(KIMI_EMULATOR)
 #include "core/parallel.h"
 #include "cpu/kernels.h"
 #endif
@@ -18,11 +19,12 @@ namespace {
 #if defined(KIMI_EMULATOR)
 
 // order: 0 ascending, 1 descending, 2 random by seed.
-void configure(int order, uint64_t seed, int multiprocessors, int shared_per_block) {
+void configure(int order, uint64_t seed, int multiprocessors, int shared_per_block, int compute_capability) {
   check(order >= 0 && order <= 2, "configure: order is ", order, ", expected 0, 1 or 2");
   emu::g.config.order = emu::Order(order), emu::g.config.seed = seed;
   emu::g.config.device.multiprocessors = multiprocessors;
   emu::g.config.device.shared_per_block = shared_per_block;
+  emu::g.config.device.compute_capability = compute_capability;
 }
 
 // What kernels have done since the module was loaded: mma, ldmatrix, extra passes of ldmatrix for bank conflicts.
@@ -49,11 +51,23 @@ void set_threads(int n) {
 
 #endif
 
+// RuntimeError, saying what is wrong, unless this build has kernels that GPU `index` can run.
+void check_gpu([[maybe_unused]] int index) {
+#if defined(KIMI_CUDA)
+  gpu::use_device(index);
+#else
+  throw std::runtime_error(
+      "this build has no CUDA kernels; with nvcc installed: pip install -Ccmake.define.KIMI_CUDA=ON .");
+#endif
+}
+
 }  // namespace
 
 void register_runtime(nanobind::module_& m) {
+  m.def("check_gpu", &check_gpu);
 #if defined(KIMI_EMULATOR)
-  m.def("configure", &configure, "order"_a, "seed"_a = 0, "multiprocessors"_a = 3, "shared_per_block"_a = 99 << 10);
+  m.def("configure", &configure, "order"_a, "seed"_a = 0, "multiprocessors"_a = 3, "shared_per_block"_a = 99 << 10,
+        "compute_capability"_a = 90);
   m.def("counters", &counters);
 #else
   m.def("isa", [] { return cpu::kernels().name; });

@@ -6,6 +6,7 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "bindings/dlpack.h"
@@ -79,12 +80,16 @@ struct type_caster<kimi::Tensor> {
       aligned = aligned && view.strides[i] % view.itemsize == 0;
     }
     PyBuffer_Release(&view);
-    if (value.dtype == kimi::DType::Other) name_of(src);
-    if (!aligned) {
-      value.dtype = kimi::DType::Other;
-      std::snprintf(value.type_name, sizeof value.type_name, "a misaligned array");
-    }
+    finish(src, aligned);
     return true;
+  }
+
+  // Names what is of no use to a kernel.
+  void finish(handle src, bool aligned) {
+    if (value.dtype == kimi::DType::Other) name_of(src);
+    if (aligned) return;
+    value.dtype = kimi::DType::Other;
+    std::snprintf(value.type_name, sizeof value.type_name, "a misaligned array");
   }
 
   // stream=-1: no synchronisation here, the op runs on the stream it is given.
@@ -96,10 +101,11 @@ struct type_caster<kimi::Tensor> {
           static_cast<const kimi::dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
       if (!managed) return PyErr_Clear(), false;
       from_dltensor(managed->tensor);
+      const auto address = reinterpret_cast<uintptr_t>(value.data);
+      finish(src, address % std::max<uintptr_t>(1, managed->tensor.dtype.bits / 8) == 0);
     } catch (python_error& e) {
       return false;
     }
-    if (value.dtype == kimi::DType::Other) name_of(src);
     return true;
   }
 

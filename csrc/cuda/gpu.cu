@@ -34,13 +34,9 @@ const DeviceFacts& device() {
   return found != known.end() ? found->second : known.emplace(index, ask(index)).first->second;
 }
 
-void use_device(int index) {
-  check(cudaSetDevice(index), "device");
-  const int capability = device().compute_capability;
-  if (capability < 80)
-    throw Error("GPU " + std::to_string(index) + " has compute capability " + std::to_string(capability / 10) + "." +
-                std::to_string(capability % 10) + ", expected 8.0 or higher");
-}
+namespace {
+void select(int index) { check(cudaSetDevice(index), "device"); }
+}  // namespace
 
 void zero(void* data, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "memset");
@@ -49,9 +45,20 @@ void zero(void* data, size_t bytes, Stream stream) {
 #else
 
 const DeviceFacts& device() { return emu::g.config.device; }
-void use_device(int) {}
+namespace {
+void select(int) {}
+}  // namespace
+
 void zero(void* data, size_t bytes, Stream) { std::memset(data, 0, bytes); }
 
 #endif
+
+void use_device(int index) {
+  select(index);
+  const int capability = device().compute_capability;
+  if (capability < 80)
+    throw Error("GPU " + std::to_string(index) + " has compute capability " + std::to_string(capability / 10) + "." +
+                std::to_string(capability % 10) + ", expected 8.0 or higher");
+}
 
 }  // namespace kimi::gpu

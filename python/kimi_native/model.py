@@ -222,6 +222,8 @@ class Model:
         """
         check_device(device, experts)
         check_dtype(cache_dtype, device)
+        if device == "cuda":
+            gpu.check()
         path = Path(path)
         config = Config.from_folder(path, **overrides)
         model = cls(config, Checkpoint(path, progress), device, experts == "cpu", cache_dtype, progress)

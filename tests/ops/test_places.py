@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 from arrays import BF16, same_bits
+from backends import backends
 from kimi_native import _C
 
 CPU, CUDA = 1, 2
@@ -102,8 +103,32 @@ def test_an_array_in_another_place_is_named(rng):
     arrays = given(rng)
     with pytest.raises(TypeError, match="rms_norm: weight is a CuPy array, expected a NumPy array like the first"):
         rms_norm(**arrays | {"weight": Elsewhere(arrays["weight"], CUDA)})
-    with pytest.raises((TypeError, RuntimeError), match="rms_norm: "):
-        rms_norm(**arrays | {"x": Elsewhere(arrays["x"], CUDA)})
+
+
+def test_a_misaligned_array_is_refused(rng):
+    arrays = given(rng)
+    shifted = np.zeros(3 * 8 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(3, 8)
+    for bad in (shifted, Elsewhere(shifted)):
+        with pytest.raises(TypeError, match="rms_norm: x is a misaligned array, expected a NumPy array of float32"):
+            rms_norm(**arrays | {"x": bad})
+
+
+def test_gpus_must_agree(rng, emulator):
+    x, weight = np.ones((3, 8), np.uint16), np.ones(8, np.uint16)
+    placed = {"x": Elsewhere(x, CUDA, 1), "weight": Elsewhere(weight, CUDA), "out": Elsewhere(x.copy(), CUDA, 1)}
+    with pytest.raises(ValueError, match="rms_norm: weight is on GPU 0, expected GPU 1"):
+        emulator.extension.rms_norm(*placed.values(), 1e-5, 0)
+
+
+def test_what_stands_in_the_way_of_a_gpu():
+    if "cuda" in backends():
+        _C.check_gpu(0)
+        return
+    with pytest.raises(RuntimeError, match="this build has no CUDA kernels; .*KIMI_CUDA=ON|^device: .*(driver|device)"):
+        _C.check_gpu(0)
+    arrays = given(np.random.default_rng(0))
+    with pytest.raises(RuntimeError, match="^rms_norm: (this build has no CUDA kernel of it|device: )"):
+        rms_norm(**{name: Elsewhere(array, CUDA) for name, array in arrays.items()})
 
 
 def test_experts_must_share_a_place(rng):

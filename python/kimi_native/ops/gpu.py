@@ -5,10 +5,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kimi_native.ops import _array
 from kimi_native.ops._array import gpu_arrays
 
 ALIGNMENT = 256  # of each uploaded array, in bytes: what cudaMalloc gives
 STAGING_BYTES = 64 << 20  # of each of the two pinned buffers, a multiple of ALIGNMENT
+
+
+def check() -> None:
+    """RuntimeError, saying what is missing, unless the kernels of this build can run on CuPy's current GPU."""
+    _array.extension.check_gpu(gpu_arrays().cuda.runtime.getDevice())
 
 
 def put(x: np.ndarray):
