@@ -43,7 +43,7 @@ class WeightStream {
         segments_(work.segments()),
         slabs_(parts_of(work.n_in(), kStreamSlab)),
         n_in_(work.n_in()),
-        policy_(ptx::evict_first()) {}
+        policy_(ptx::l2_policy(true)) {}
 
   // part: kStreamPart floats of shared memory, [2][kStreamWarps][kStreamTiles][kStreamRows, kStreamTokens]
   PTX_FN void run(float* part) {

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) grouped_tile_kernel(Grouped p
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int n_out = p.w[0].n_out, n_in = p.w[0].n_in, slabs = parts_of(n_in, kTileSlab);
   const int row_tiles = parts_of(n_out, kOutRows);
-  const uint64_t policy = ptx::evict_first();
+  const uint64_t policy = ptx::l2_policy(true);
   count_pieces<N, kTileThreads>(p, table, part);
   if (!SwiGlu) zero_rows_of_none(p);
 

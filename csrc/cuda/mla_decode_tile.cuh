@@ -57,7 +57,7 @@ PTX_FN void load_tile(const Params& p, const Run& run, int key, int page, bool o
     if (share + 8 * i == kChunks - 1 && inside && !row)
       to[8 * i] = {~0u, ~0u, ~0u, ~0u};
     else
-      ptx::cp_async16_cached(to + 8 * i, from + 64 * i, row ? 16 : 0, policy);
+      ptx::cp_async16_under(policy, to + 8 * i, from + 64 * i, row ? 16 : 0);
   }
 }
 

@@ -48,6 +48,42 @@ PTX_FN void cp_async_wait() {
 #endif
 }
 
+#if !defined(__CUDACC__)
+// Of both forms of ldmatrix: lane i gives row i%8 of matrix i/8.
+template <bool Transposed>
+void emulate_ldmatrix(unsigned (&r)[4], const void* row, emu::Site here) {
+  struct Operand {
+    uint16_t row[8];
+    unsigned out[4];
+    const void* at;
+  } op;
+  {
+    emu::Quiet q;
+    emu::require(emu::in_shared(row, 16), "ldmatrix: the row is not in the block's shared memory", here);
+    emu::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "ldmatrix: misaligned row", here);
+  }
+  std::memcpy(op.row, row, 16);
+  op.at = row;
+  emu::collective(Transposed ? "ldmatrix.trans" : "ldmatrix", ~0u, &op, here, [](void** ops, unsigned) {
+    const auto operand = [&](int lane) { return static_cast<Operand*>(ops[lane]); };
+    for (int m = 0; m < 4; ++m) {
+      unsigned banks = 0, used[8] = {};
+      for (int i = 0; i < 8; ++i) used[reinterpret_cast<uintptr_t>(operand(8 * m + i)->at) / 16 % 8]++;
+      for (unsigned n : used) banks = std::max(banks, n);
+      emu::g.stats.ldmatrix_conflicts += banks - 1;  // eight rows of four banks: one pass if they differ
+      for (int lane = 0; lane < 32; ++lane) {
+        const auto element = [&](int i) -> unsigned {
+          return Transposed ? operand(8 * m + i)->row[lane / 4] : operand(8 * m + lane / 4)->row[i];
+        };
+        operand(lane)->out[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+      }
+    }
+    ++emu::g.stats.ldmatrix;
+  });
+  std::memcpy(r, op.out, sizeof op.out);
+}
+#endif
+
 // Loads four 8x8 matrices of 16-bit values. Lane i gives the address of row i%8 of matrix i/8. In r[j],
 // lane i gets elements 2*(i%4) and 2*(i%4)+1 of row i/4 of matrix j. The whole warp.
 PTX_FN void ldmatrix_x4(unsigned (&r)[4], const void* row PTX_CALLER) {
@@ -57,30 +93,19 @@ PTX_FN void ldmatrix_x4(unsigned (&r)[4], const void* row PTX_CALLER) {
                : "r"(shared_address(row))
                : "memory");
 #else
-  struct Operand {
-    unsigned row[4], out[4];
-    const void* at;
-  } op;
-  {
-    emu::Quiet q;
-    emu::require(emu::in_shared(row, 16), "ldmatrix: the row is not in the block's shared memory", EMU_HERE);
-    emu::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "ldmatrix: misaligned row", EMU_HERE);
-  }
-  std::memcpy(op.row, row, 16);
-  op.at = row;
-  emu::collective("ldmatrix", ~0u, &op, EMU_HERE, [](void** ops, unsigned) {
-    for (int m = 0; m < 4; ++m) {
-      unsigned banks = 0, used[8] = {};
-      for (int i = 0; i < 8; ++i)
-        used[reinterpret_cast<uintptr_t>(static_cast<Operand*>(ops[8 * m + i])->at) / 16 % 8]++;
-      for (unsigned n : used) banks = std::max(banks, n);
-      emu::g.stats.ldmatrix_conflicts += banks - 1;  // eight rows of four banks: one pass if they differ
-      for (int lane = 0; lane < 32; ++lane)
-        static_cast<Operand*>(ops[lane])->out[m] = static_cast<Operand*>(ops[8 * m + lane / 4])->row[lane % 4];
-    }
-    ++emu::g.stats.ldmatrix;
-  });
-  std::memcpy(r, op.out, sizeof op.out);
+  emulate_ldmatrix<false>(r, row, EMU_HERE);
+#endif
+}
+
+// The same, transposed: lane i gets the elements of column i/4 of matrix j in rows 2*(i%4) and 2*(i%4)+1.
+PTX_FN void ldmatrix_x4_trans(unsigned (&r)[4], const void* row PTX_CALLER) {
+#if defined(__CUDACC__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  emulate_ldmatrix<true>(r, row, EMU_HERE);
 #endif
 }
 
@@ -188,45 +213,6 @@ PTX_FN void barrier_arrive(int id, int threads PTX_CALLER) {
 #endif
 }
 
-// Loads four 8x8 matrices of 16-bit values, transposed. Lane i gives the address of row i%8 of matrix i/8. In r[j],
-// lane i gets the elements of column i/4 of matrix j in rows 2*(i%4) and 2*(i%4)+1. The whole warp.
-PTX_FN void ldmatrix_x4_trans(unsigned (&r)[4], const void* row PTX_CALLER) {
-#if defined(__CUDACC__)
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-#else
-  struct Operand {
-    uint16_t row[8];
-    unsigned out[4];
-    const void* at;
-  } op;
-  {
-    emu::Quiet q;
-    emu::require(emu::in_shared(row, 16), "ldmatrix: the row is not in the block's shared memory", EMU_HERE);
-    emu::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "ldmatrix: misaligned row", EMU_HERE);
-  }
-  std::memcpy(op.row, row, 16);
-  op.at = row;
-  emu::collective("ldmatrix.trans", ~0u, &op, EMU_HERE, [](void** ops, unsigned) {
-    for (int m = 0; m < 4; ++m) {
-      unsigned banks = 0, used[8] = {};
-      for (int i = 0; i < 8; ++i)
-        used[reinterpret_cast<uintptr_t>(static_cast<Operand*>(ops[8 * m + i])->at) / 16 % 8]++;
-      for (unsigned n : used) banks = std::max(banks, n);
-      emu::g.stats.ldmatrix_conflicts += banks - 1;
-      for (int lane = 0; lane < 32; ++lane) {
-        const auto element = [&](int i) -> unsigned { return static_cast<Operand*>(ops[8 * m + i])->row[lane / 4]; };
-        static_cast<Operand*>(ops[lane])->out[m] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
-      }
-    }
-    ++emu::g.stats.ldmatrix;
-  });
-  std::memcpy(r, op.out, sizeof op.out);
-#endif
-}
-
 // 2^v, relative error 2^-22; results below 2^-126 are 0.
 PTX_FN float exp2_approx(float v) {
 #if defined(__CUDACC__)
@@ -261,29 +247,6 @@ PTX_FN unsigned transpose_8x8(unsigned v PTX_CALLER) {
 #endif
 }
 
-// For data that is read once: what else lies in the L2 cache stays. For the copies below.
-PTX_FN uint64_t evict_first() {
-#if defined(__CUDACC__)
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-#else
-  return 0;
-#endif
-}
-
-// cp_async16 of all 16 bytes under a policy of the L2 cache.
-PTX_FN void cp_async16_under(uint64_t policy, void* dst, const void* src PTX_CALLER) {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
-               "l"(policy)
-               : "memory");
-#else
-  static_cast<void>(policy);
-  emu::copy_async(dst, src, 16, 16, EMU_HERE);
-#endif
-}
-
 // Copies 8 or 16 bytes from global to shared memory, aligned to as many, zeros if `valid` is false. Keeps the line in
 // the L1 cache: for rows of which each copy takes a small part.
 template <int Bytes>
@@ -298,22 +261,23 @@ PTX_FN void cp_async_cached(void* dst, const void* src, bool valid PTX_CALLER) {
 #endif
 }
 
-// How long lines that cp_async16 brings shall stay in the L2 cache: out first, or as any other.
-PTX_FN uint64_t l2_policy(bool evict_first) {
+// How long lines that cp_async16_under brings shall stay in the L2 cache: out first, for data that is read once, or as
+// any other.
+PTX_FN uint64_t l2_policy([[maybe_unused]] bool evict_first) {
 #if defined(__CUDACC__)
   uint64_t policy;
   if (evict_first)
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
   else
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
   return policy;
 #else
-  return evict_first;
+  return 0;
 #endif
 }
 
 // cp_async16 under an l2_policy.
-PTX_FN void cp_async16_cached(void* dst, const void* src, int bytes, [[maybe_unused]] uint64_t policy PTX_CALLER) {
+PTX_FN void cp_async16_under([[maybe_unused]] uint64_t policy, void* dst, const void* src, int bytes = 16 PTX_CALLER) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(dst)), "l"(src),
                "r"(bytes), "l"(policy)

@@ -106,12 +106,12 @@ __global__ void copies(unsigned* words, const unsigned* from) {
   ptx::cp_async16(&s[0][lane], line);
   ptx::cp_async16(&s[1][31 - lane], line, lane % 5 * 4);
   ptx::cp_async_commit();
-  ptx::cp_async16_under(ptx::evict_first(), &s[2][lane], line);
+  ptx::cp_async16_under(first, &s[2][lane], line);
   ptx::cp_async_cached<16>(&s[3][lane], line, lane % 3 != 0);
   ptx::cp_async_cached<8>(&s[4][lane], line, lane % 3 != 0);
   ptx::cp_async_commit();
-  ptx::cp_async16_cached(&s[5][lane], line, 16, first);
-  ptx::cp_async16_cached(&s[6][lane], line, lane % 2 * 8, normal);
+  ptx::cp_async16_under(first, &s[5][lane], line, 16);
+  ptx::cp_async16_under(normal, &s[6][lane], line, lane % 2 * 8);
   ptx::cp_async_commit();
   ptx::cp_async_wait<2>();
   __syncwarp();
