@@ -33,7 +33,17 @@ ARROWS = {
 CUPY_FILES = {PACKAGE / "ops" / "_array.py", PACKAGE / "ops" / "_cublas.py"}
 UNRESTRICTED = {"__init__", "__main__"}  # but for _C
 
+# others' code, to compare with
+TORCH_FILES = re.compile(r"tests/golden/.*|bench/(peers|triton_\w+)\.py")
+# what the emulator cannot run, and the files under csrc/cuda that have it for all others
+CUDA_WORDS = {
+    r"\basm\b": {"ptx.cuh", "hopper.cuh", "emu/fiber.h"},
+    r"<<<": {"gpu.h"},
+    r"\b__shared__\b": {"gpu.h", "emu/cuda_names.h"},
+}
+
 HELPER_HEADERS = {"expert_weights.h"}  # no op of its own
+CUBLAS_OPS = {"gemm", "batched_gemm"}  # no kernels of ours on the GPU
 FOLDERS = {
     "core": {"core"},
     "ops": {"core", "ops"},
@@ -133,7 +143,15 @@ def test_python_imports(path):
     assert not others & {"cupy", "cupy_backends"} or path in CUPY_FILES, (
         "only ops/_array.py and ops/_cublas.py import CuPy"
     )
-    assert not others & {"torch", "transformers"}
+
+
+OTHER_PYTHON_FILES = sorted(p for folder in ("bench", "tests") for p in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES + OTHER_PYTHON_FILES, ids=names_of(PYTHON_FILES + OTHER_PYTHON_FILES))
+def test_who_imports_torch(path):
+    _, others = imports(path.read_text())
+    assert not others & {"torch", "transformers", "triton"} or TORCH_FILES.fullmatch(str(path.relative_to(ROOT)))
 
 
 @pytest.mark.parametrize("path", CPP_FILES, ids=names_of(CPP_FILES))
@@ -172,11 +190,20 @@ def test_only_isa_cpp_names_the_tables():
     assert users == {*ISA_FILES, CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "kernels.h"}
 
 
+@pytest.mark.parametrize("word", CUDA_WORDS)
+def test_words_of_cuda(word):
+    comment = re.compile(r"//.*|/\*.*?\*/")
+    users = {path for path in CPP_FILES if re.search(word, comment.sub("", path.read_text()))}
+    assert users == {CSRC / "cuda" / name for name in CUDA_WORDS[word]}
+
+
 @pytest.mark.parametrize("header", OP_HEADERS, ids=[header.stem for header in OP_HEADERS])
 def test_mirrors_of_an_op(header):
-    """A header in csrc/ops has an implementation, a test and a bench; its ops are public and have an oracle."""
+    """A header in csrc/ops has implementations, a test and a bench; its ops are public and have an oracle."""
     op = header.stem
-    for mirror in (f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py", f"bench/bench_{op}.py"):
+    mirrors = [f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py", f"bench/bench_{op}.py"]
+    mirrors += [] if op in CUBLAS_OPS else [f"csrc/cuda/{op}.cu"]
+    for mirror in mirrors:
         assert (ROOT / mirror).is_file(), f"{op} lacks {mirror}"
     declared = set(re.findall(r"^void (\w+)\(", header.read_text(), re.M))
     assert op in declared
