@@ -1,91 +1,109 @@
 #!/usr/bin/env bash
-# What is to be run once on each kind of GPU, from the root of a checkout:
+# What is to be run on each kind of GPU: tests/gpu_check.sh OUT [PART...], or all parts, in this order:
 #
-#   bash tests/gpu_check.sh OUT [PART...]
-#
-# PART, all of them and in this order if none is named:
-#   build        builds the package with CUDA and installs it for the python on PATH
-#   conformance  compares the emulator's record of each instruction with the chip, bit for bit
-#   tests        every test marked cuda
-#   memcheck     compute-sanitizer over every 40th test of an op
-#   racecheck    the same, for races in shared memory
+#   build        the package for CUDA, and the emulator, into build/gpu_check, by the build tools that are installed
+#   conformance  what instructions give the threads, against the emulator's record in tests/emulator/conformance.txt
+#   tests        those marked cuda
+#   memcheck     compute-sanitizer over the first case of each test of an op
+#   racecheck    likewise
 #   benches      python -m bench --device cuda
 #
-# Needs a GPU, nvcc, and in that python CuPy, scikit-build-core, nanobind and what the tests need; no network. A part
-# that fails does not stop the others. OUT gets log.txt, conformance.txt (commit it as tests/emulator/conformance.txt
-# once the differences are understood), bench.jsonl and results.md (commit it as bench/results/<chip>-<date>.md).
+# Needs a GPU, nvcc, CuPy and what the build and the tests import, no network. No part takes ten minutes, one that fails
+# does not stop the others, and several calls may share an OUT. It gets log.txt, conformance.txt (commit it as the
+# emulator's record once the differences are understood), bench.jsonl and results.md (commit it as
+# bench/results/<chip>-<date>.md). The variable COMMIT names the commit where git does not.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 1
-[ $# -ge 1 ] && [[ $1 != -* ]] || { sed -n '2,/^set/s/^# \?//p' "$0"; exit 2; }
-mkdir -p "$1" || exit 1
-out=$(cd "$1" && pwd)
+PARTS=(build conformance tests memcheck racecheck benches)
+declare -A LIMIT=([build]=420 [conformance]=90 [tests]=540 [memcheck]=300 [racecheck]=300 [benches]=560) # seconds
+
+[ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$root" || exit 1
 shift
-parts=("$@")
-[ $# -gt 0 ] || parts=(build conformance tests memcheck racecheck benches)
+for part in "$@"; do [ -n "${LIMIT[$part]-}" ] || { echo "no part $part: ${PARTS[*]}" >&2; exit 2; }; done
+[ $# = 0 ] || PARTS=("$@")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PATH=$PATH:/usr/local/cuda/bin
-exec > >(tee -a "$out/log.txt") 2>&1
-
-gpu=$(nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader -i 0 2> /dev/null) ||
-  { echo "no GPU: nvidia-smi finds none"; exit 1; }
-nvcc=$(command -v nvcc) || { echo "no nvcc on PATH"; exit 1; }
-python=$(command -v python || command -v python3) || { echo "no python on PATH"; exit 1; }
-"$python" -c "import cupy" || { echo "no CuPy for $python"; exit 1; }
-capability=$(cut -d, -f2 <<< "$gpu" | tr -d ' .')
-architecture=$capability
-[ "$capability" != 90 ] || architecture=90a
-about="$gpu; $("$nvcc" --version | sed -n 's/.*release \([^,]*\).*/nvcc \1/p'); commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
-echo "$about"
+export PATH=$PATH:/usr/local/cuda/bin root out work
 
 build() {
-  "$python" -m pip install -q --no-build-isolation --no-deps --no-index -Ccmake.define.KIMI_CUDA=ON .
+  python3 -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target build/gpu_check/site \
+    -Cbuild-dir=build/gpu_check/cmake -Ccmake.define.KIMI_CUDA=ON -Ccmake.define.KIMI_EMULATOR=ON . &&
+    python3 -c 'from kimi_native import _C, _E; print("built", _C.__file__)'
 }
 
 conformance() {
-  "$nvcc" -std=c++20 -I csrc "-arch=sm_$architecture" tests/emulator/conformance.cu csrc/cuda/gpu.cu -o "$work/c" &&
-    { echo "# From $gpu."; "$work/c"; } > "$out/conformance.txt" || return
-  # a chip that is not sm_90 prints fewer lines
-  tail -n +2 tests/emulator/conformance.txt | head -n "$(($(wc -l < "$out/conformance.txt") - 1))" |
-    diff - <(tail -n +2 "$out/conformance.txt") | head -40
-}
-
-tests() { "$python" -m pytest -q -m cuda tests; }
-
-# sanitizer TOOL: without CuPy's pool, in whose blocks overruns would go unnoticed
-sanitizer() {
-  local tests
-  mapfile -t tests < <("$python" -m pytest -q --collect-only -m cuda tests/ops | grep :: | awk 'NR % 40 == 1')
-  [ ${#tests[@]} -gt 0 ] || { echo "no tests marked cuda"; return 1; }
-  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 "$python" -c '
-import sys, cupy, pytest
-cupy.cuda.set_allocator(None)
-sys.exit(pytest.main(sys.argv[1:]))' -q -p no:cacheprovider "${tests[@]}"
-}
-memcheck() { sanitizer memcheck; }
-racecheck() { sanitizer racecheck; }
-
-benches() {
-  "$python" -m bench --device cuda --json > "$out/bench.jsonl"
+  local capability record=tests/emulator/conformance.txt
+  capability=$(nvidia-smi -i 0 --query-gpu=compute_cap --format=csv,noheader | tr -d .) || return
+  [ "$capability" != 90 ] || capability=90a
+  nvcc -std=c++20 -I csrc -gencode="arch=compute_$capability,code=sm_$capability" tests/emulator/conformance.cu \
+    csrc/cuda/gpu.cu -o "$work/c" || return
+  { echo "# From $(chip)."; "$work/c"; } > "$out/conformance.txt" || { tail -1 "$out/conformance.txt"; return 1; }
+  # a chip other than sm_90 prints none of the last lines
+  diff <(tail -n +2 "$record" | head -n "$(($(wc -l < "$out/conformance.txt") - 1))") \
+    <(tail -n +2 "$out/conformance.txt") > "$work/differences"
   local status=$?
-  "$python" bench/results_page.py "$about" < "$out/bench.jsonl" > "$out/results.md"
+  head -40 "$work/differences"
+  echo "$(grep -c '^>' "$work/differences") of $(($(wc -l < "$out/conformance.txt") - 1)) lines differ"
   return $status
 }
 
-declare -A limit=([build]=240 [conformance]=60 [tests]=300 [memcheck]=150 [racecheck]=150 [benches]=300) # seconds
-export -f build conformance tests sanitizer memcheck racecheck benches
-export about gpu nvcc python architecture out work
+tests() {
+  python3 -c 'import kimi_native._E, cupy; assert cupy.is_available()' && python3 -m pytest -q -m cuda tests
+}
 
-failed=()
-for part in "${parts[@]}"; do
-  [ -n "${limit[$part]:-}" ] || { echo "no part $part: ${!limit[*]}"; exit 2; }
-  printf '\n=== %s\n' "$part"
-  started=$SECONDS status=0
-  timeout -k 5 "${limit[$part]}" bash -uo pipefail -c "$part" || status=$?
-  [ $status = 0 ] || failed+=("$part (exit $status$([ $status != 124 ] || echo ", over ${limit[$part]} s"))")
-  echo "--- $part: exit $status, $((SECONDS - started)) s"
-done
+# sanitizer TOOL: without CuPy's pool, in whose blocks overruns go unnoticed
+sanitizer() {
+  local cases
+  mapfile -t cases < <(python3 -m pytest -q --collect-only -m cuda tests/ops | grep :: | awk -F'[' '!seen[$1]++')
+  [ ${#cases[@]} -gt 0 ] || { echo "no tests marked cuda"; return 1; }
+  compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 python3 -c '
+import sys, cupy, pytest
+cupy.cuda.set_allocator(None)
+sys.exit(pytest.main(sys.argv[1:]))' -q -p no:cacheprovider "${cases[@]}"
+}
 
-[ ${#failed[@]} != 0 ] || { echo "all parts passed: ${parts[*]}"; exit 0; }
-printf 'failed: %s\n' "${failed[@]}"
-exit 1
+memcheck() { sanitizer memcheck; }
+racecheck() { sanitizer racecheck; }
+
+benches() { python3 -m bench --device cuda --json > "$out/bench.jsonl" && echo "$(wc -l < "$out/bench.jsonl") lines"; }
+
+chip() { nvidia-smi -i 0 --query-gpu=name --format=csv,noheader; }
+
+# results ABOUT: the page of the benches, and what became of each part when it was last run
+results() {
+  if [ -s "$out/bench.jsonl" ]; then
+    python3 bench/results_page.py "$1" < "$out/bench.jsonl" || return
+  else
+    printf '# %s, %s\n\n%s.\n' "$(chip)" "$(date +%F)" "$1"
+  fi
+  printf '\n| part of `tests/gpu_check.sh` | exit status | seconds | its last line |\n|---|---|---|---|\n'
+  tac "$out/parts" | awk '!seen[$2]++' | tac
+}
+
+main() {
+  local toolkit commit about part started status failed=()
+  chip > "$work/chip" || { echo "no GPU: nvidia-smi finds none"; return 1; }
+  toolkit=$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p') || { echo "no nvcc on PATH"; return 1; }
+  commit=$(git describe --always --dirty 2> "$work/git") || commit=${COMMIT:-unknown}
+  about="$(chip), driver $(nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader), nvcc $toolkit, commit $commit"
+  echo "$about"
+  export PYTHONPATH=$root/build/gpu_check/site${PYTHONPATH:+:$PYTHONPATH}
+  for part in "${PARTS[@]}"; do
+    printf '\n=== %s\n' "$part"
+    started=$SECONDS
+    timeout -k 5 "${LIMIT[$part]}" bash -uo pipefail -c "$part" 2>&1 | tee "$work/said"
+    status=${PIPESTATUS[0]}
+    [ "$status" != 124 ] || echo "stopped after ${LIMIT[$part]} s" | tee -a "$work/said"
+    [ "$status" = 0 ] || failed+=("$part")
+    echo "--- $part: exit $status, $((SECONDS - started)) s"
+    echo "| $part | $status | $((SECONDS - started)) | $(grep . "$work/said" | tail -1 | tr -d '|') |" >> "$out/parts"
+  done
+  results "$about" > "$out/results.md" || failed+=(results)
+  [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; return 1; }
+  echo "passed: ${PARTS[*]}"
+}
+
+export -f build conformance tests sanitizer memcheck racecheck benches chip
+main 2>&1 | tee -a "$out/log.txt"
+exit "${PIPESTATUS[0]}"
