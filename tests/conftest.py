@@ -10,7 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
+from arrays import BF16
 from backends import backends, instruction_sets
+
+FLOAT32 = np.dtype(np.float32)
 
 
 def pytest_addoption(parser):
@@ -19,6 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU")
+    config.addinivalue_line("markers", "kernels(place): takes `on` only with the kernels for the cpu or for the gpu")
     if not chosen(config):
         raise pytest.UsageError(f"no backend begins with {config.option.backends}: there are {', '.join(backends())}")
 
@@ -42,10 +46,15 @@ def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", instruction_sets(), indirect=True)
     if "on" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("kernels")
+        found = {n: b for n, b in chosen(metafunc.config).items() if not marker or b.cuda == (marker.args == ("gpu",))}
         marks = {"cuda": [pytest.mark.cuda]}
-        metafunc.parametrize(
-            "on", [pytest.param(b, id=n, marks=marks.get(n, [])) for n, b in chosen(metafunc.config).items()]
-        )
+        if "cache_dtype" in metafunc.fixturenames:  # float32 on the CPU alone
+            both = [(n, b, d) for n, b in found.items() for d in (BF16, FLOAT32) if not b.cuda or d == BF16]
+            params = [pytest.param(b, d, id=f"{n}-{d}", marks=marks.get(n, [])) for n, b, d in both]
+            metafunc.parametrize(("on", "cache_dtype"), params)
+        else:
+            metafunc.parametrize("on", [pytest.param(b, id=n, marks=marks.get(n, [])) for n, b in found.items()])
 
 
 @pytest.fixture(autouse=True)

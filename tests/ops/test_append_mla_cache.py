@@ -66,10 +66,9 @@ def test_rounds_to_nearest_even(isa, rng):
 BAD_SLOTS = np.array([8, -1, 2**32, 2**62, -(2**63), 2**63 - 1], np.int64)
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize("C", [13, 16])
 def test_slots_outside_the_cache_are_not_written(on, rng, C):
-    if not on.cuda:
-        pytest.skip("the CPU refuses them")
     latent, k_pe, cache = on.normal(rng, 8, C), on.normal(rng, 8, 8), poison(2, 4, C + 8, dtype=BF16)
     expected = reference.append_mla_cache(latent[:2], k_pe[:2], cache, [5, 2])
     on(ops.append_mla_cache, latent, k_pe, cache, np.append([5, 2], BAD_SLOTS))
@@ -106,10 +105,9 @@ def test_fused(on, rng, T, C, R):
         check_fused(on, kv, weight, *tables(50, R), positions, poison(7, 6, C + R, dtype=dtype), slots)
 
 
+@pytest.mark.kernels("cpu")  # on the GPU bf16 is rounded between the three
 def test_fused_is_rms_norm_rope_and_append(on, rng):
     """Where nothing is rounded between them, that is on the CPU, the three ops give the same bits."""
-    if on.cuda:
-        pytest.skip("bfloat16 is rounded between the three")
     C, R, (cos, sin) = 64, 16, tables(9, 16)
     kv, weight = on.normal(rng, 5, C + R), normal(rng, C, dtype=BF16)
     positions, slots = np.array([0, 8, 3, 3, 1], np.int32), np.array([3, 0, 7, 2, 5], np.int64)
@@ -139,11 +137,10 @@ def test_fused_eps_matters_for_small_rows(on):
         check_fused(on, kv, np.ones(8, BF16), *tables(3, 4), np.array([2, 1], np.int32), cache, np.array([1, 0]), eps)
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize(("C", "R"), [(13, 6), (16, 8)])
 def test_fused_indices_out_of_range(on, rng, C, R):
     """A slot outside the cache is not written; a position outside the tables makes the rope part NaN."""
-    if not on.cuda:
-        pytest.skip("the CPU refuses them")
     cos, sin = tables(10, R)
     kv, weight, cache = on.normal(rng, 8, C + R), normal(rng, C, dtype=BF16), poison(2, 4, C + R, dtype=BF16)
     slots, positions = np.append([5, 2], BAD_SLOTS), np.array([9, 0] + [3] * 6, np.int32)

@@ -9,7 +9,6 @@ from kimi_native import ops
 
 HUGE = np.iinfo(np.int32).max
 SOFTMAX_SCALE = 0.14467962580268923
-FLOAT_CACHE = pytest.mark.parametrize("dtype", [BF16, np.float32])  # float32 on the CPU alone
 
 
 def random_arguments(rng, seq_lens, page_size, N=3, C=16, R=8, dtype=BF16, Q=1, draw=normal):
@@ -59,31 +58,17 @@ def decode(on, given):
     return out, lse
 
 
-def skip_float_cache(on, dtype):
-    if on.cuda and dtype != BF16:
-        pytest.skip("the cache is bf16 on the GPU")
-
-
-def on_gpu_alone(on, why):
-    if not on.cuda:
-        pytest.skip(why)
-
-
-@FLOAT_CACHE
 @pytest.mark.parametrize("seq_lens", [[1], [300], [64, 65, 5]])
-def test_model_shapes(on, rng, seq_lens, dtype):
-    skip_float_cache(on, dtype)
+def test_model_shapes(on, rng, seq_lens, cache_dtype):
     N = 8 if on.emulated or on.isa == "scalar" else 64
-    given = random_arguments(rng, seq_lens, 64, N, 512, 64, dtype, draw=on.normal)
+    given = random_arguments(rng, seq_lens, 64, N, 512, 64, cache_dtype, draw=on.normal)
     decode(on, given | {"scale": SOFTMAX_SCALE})
 
 
-@FLOAT_CACHE
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("seq_lens", [[], [0], [0, 0, 0], [1, 0, 2, 3, 5, 8, 17, 33], [63, 64, 65, 128, 129, 0, 191]])
-def test_shuffled_pages(on, rng, seq_lens, page_size, dtype):
-    skip_float_cache(on, dtype)
-    given = random_arguments(rng, seq_lens, page_size, dtype=dtype, draw=on.normal)
+def test_shuffled_pages(on, rng, seq_lens, page_size, cache_dtype):
+    given = random_arguments(rng, seq_lens, page_size, dtype=cache_dtype, draw=on.normal)
     out, lse = decode(on, given)
     empty = given["seq_lens"] == 0
     assert (out[empty] == 0).all() and (lse[empty] == -np.inf).all()
@@ -213,9 +198,9 @@ def test_largest_score_moves(on, rng, C, R):
     decode(on, given | {"scale": 1.0})
 
 
+@pytest.mark.kernels("gpu")  # the softmax of the CPU drops NaN
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
 def test_nan_reaches_those_who_see_it_on_the_gpu(on, rng, C, R):
-    on_gpu_alone(on, "the softmax of the CPU drops NaN")
     given = random_arguments(rng, [70, 40], 16, 3, C, R, Q=2, draw=on.normal)
     given["q"][0, 0, 1, 5] = np.nan
     out, lse = on(ops.mla_decode, **given, return_lse=True)
@@ -229,11 +214,11 @@ def test_nan_reaches_those_who_see_it_on_the_gpu(on, rng, C, R):
     assert np.isfinite(np.float32(out[~rows])).all()
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6, "pages"])
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
 def test_pages_outside_the_cache_give_nan_on_the_gpu(on, rng, C, R, bad):
     """To the queries that see them, in a run of their own or not."""
-    on_gpu_alone(on, "the CPU refuses them")
     given = random_arguments(rng, [70, 33, 300], 16, 3, C, R, Q=2, draw=on.normal)
     expected = reference.mla_decode(**given)
     bad = len(given["cache"]) if bad == "pages" else bad
@@ -247,9 +232,9 @@ def test_pages_outside_the_cache_give_nan_on_the_gpu(on, rng, C, R, bad):
     assert np.isfinite(lse[~hit]).all()
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
 def test_lengths_past_the_table_give_nan_on_the_gpu(on, rng, C, R):
-    on_gpu_alone(on, "the CPU refuses them")
     given = random_arguments(rng, [40] * 5, 8, 3, C, R, draw=on.normal)
     expected = reference.mla_decode(**given)
     given["page_table"][:, 5:] = given["page_table"][:, :2]  # nothing but the length is wrong

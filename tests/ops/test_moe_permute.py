@@ -61,10 +61,9 @@ def test_permute_rows_of_any_alignment(on, rng):
     check_permute(on, spaced(x, 20, 1), ids, 5)
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 def test_permute_skips_ids_that_no_expert_has(on, rng):
     """On the GPU nobody reads the ids beforehand."""
-    if not on.cuda:
-        pytest.skip("the CPU refuses them")
     x, ids = on.normal(rng, 40, 16), rng.integers(0, 5, (40, 4)).astype(np.int32)
     bad = rng.random(ids.shape) < 0.3
     ids[bad] = rng.choice(np.array([-2, 5, 6, 2**31 - 1, -(2**31)], np.int32), bad.sum())
@@ -101,9 +100,8 @@ def test_unpermute_skips_minus_one(on, rng):
     assert (out[1] == 0).all()
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 def test_unpermute_skips_rows_that_do_not_exist(on, rng):
-    if not on.cuda:
-        pytest.skip("the CPU refuses them")
     y, weights = on.normal(rng, 4, 16), normal(rng, 3, 3)
     bad = np.array([[4, 0, -2], [2**31 - 1, -(2**31), 1], [2, 5, 3]], np.int32)
     weights[(bad < 0) | (bad > 3)] = np.nan

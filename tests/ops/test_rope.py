@@ -97,10 +97,9 @@ def test_rows_of_any_alignment(on, rng, width, first):
     check(on, x, cos, sin, positions, on(ops.rope, x, cos, spaced(sin, first=1), positions))
 
 
+@pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize("R", [6, 16])
 def test_positions_outside_the_tables_give_nan(on, rng, R):
-    if not on.cuda:
-        pytest.skip("the CPU refuses them")
     cos, sin = tables(10, R)
     x, good = on.normal(rng, 6, 2, R), [1, 4]
     positions = np.array([10, 9, -1, 2**31 - 1, 0, -(2**31)], np.int32)
