@@ -48,7 +48,7 @@ enum class By { count, mass, key };
 
 // Goes down to one of n bins, those of the key's bits from `shift` on. One warp.
 PTX_FN void pick_bin(const Bin* bins, int n, int shift, By by, Mass target, Place& place) {
-  const int lane = threadIdx.x % kWarp, first = min(n, lane * (n / kWarp + 1)), last = min(n, first + n / kWarp + 1);
+  const int lane = threadIdx.x % kWarp, first = lane * (n / kWarp + 1), last = min(n, first + n / kWarp + 1);
   unsigned count = 0;
   Mass mass = 0;
   for (int i = first; i < last; ++i) count += bins[i].count, mass += bins[i].mass();
@@ -105,7 +105,7 @@ struct Row {
   // Writes the index of the token of this rank, from 0, among those of one key. The whole block.
   PTX_FN void write_index(unsigned key, unsigned rank, Mass* part, int* id) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-    const int each = (V + warps - 1) / warps, begin = min(V, warp * each), end = min(V, begin + each);
+    const int each = (V + warps - 1) / warps, begin = warp * each, end = min(V, begin + each);
     const auto ties = [&](int i) { return __ballot_sync(~0u, i + lane < end && unsigned(keys[i + lane]) == key); };
     unsigned count = 0, before = 0;
     for (int i = begin; i < end; i += kWarp) count += __popc(ties(i));
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) top_k_top_p_sample_kernel(Para
     last = place.key, total = place.mass + (top_k - place.count) * weight_of(last, unit);
   }
   if (top_p < 1) {
-    const Mass target = max(Mass(1), min(total, Mass(ceil(double(top_p) * double(total)))));
+    const Mass target = Mass(ceil(double(top_p) * double(total)));  // 1 to total, as top_p > 0 and < 1
     row.find(By::mass, target);
     last = place.key;
     const Mass weight = weight_of(last, unit), count = (target - place.mass + weight - 1) / weight;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) top_k_top_p_sample_kernel(Para
     row.find(By::key, least);
     total = place.mass + place.ties * weight_of(least, unit);
   }
-  const Mass target = min(total, Mass(double(uniform) * double(total)) + 1);
+  const Mass target = Mass(double(uniform) * double(total)) + 1;  // at most total: uniform is 1 - 2^-24 at most
   row.find(By::mass, target);
   row.write_index(place.key, unsigned((target - place.mass - 1) / weight_of(place.key, unit)), part, p.ids + b);
 }
