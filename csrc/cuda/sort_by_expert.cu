@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kThreads)
     sort_by_expert_kernel(const int32_t* __restrict__ ids, int pairs, int E, int64_t chunk, int32_t* offsets,
                           int32_t* pair_of_row, int32_t* row_of_pair) {
   GPU_SHARED(part, int[kWarps]);
-  GPU_SHARED(sorted, int);  // offsets[E]
   GPU_SHARED_DYNAMIC(dynamic, 16);
   int* const counts = reinterpret_cast<int*>(dynamic);  // [kRows, E], later the next row of each
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -60,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   count_pairs(ids, end, pairs, E, counts + (kWarps + 1) * E, threadIdx.x, kThreads);
   __syncthreads();
 
-  const int from = min(int(threadIdx.x) * kEach, E), to = min(from + kEach, E);
+  const int from = threadIdx.x * kEach, to = min(from + kEach, E);
   int total = 0;
   for (int e = from; e < to; ++e)
     for (int r = 0; r < kRows; ++r) total += counts[r * E + e];
@@ -73,10 +72,7 @@ __global__ void __launch_bounds__(kThreads)
       at += n;
     }
   }
-  if (threadIdx.x == kThreads - 1) {
-    sorted = at;
-    if (blockIdx.x == 0) offsets[E] = at;
-  }
+  if (blockIdx.x == 0 && threadIdx.x == kThreads - 1) offsets[E] = at;
   __syncthreads();
 
   for (int64_t i = first + lane; i - lane < last; i += kWarp) {
@@ -88,13 +84,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();  // all have read the expert's next row
     if (valid && before == 0) mine[id] += __popc(same);
     __syncwarp();
-    if (row_of_pair && i < last) row_of_pair[i] = row;
+    if (i < last) row_of_pair[i] = row;
     if (pair_of_row && valid) pair_of_row[row] = int(i);
   }
-  if (pair_of_row)
-#pragma unroll 1  // the trip count of an unrolled loop would be a division
-    for (int64_t row = sorted + int64_t(blockIdx.x) * kThreads + threadIdx.x; row < pairs; row += gridDim.x * kThreads)
-      pair_of_row[row] = -1;
 }
 
 }  // namespace
