@@ -268,7 +268,7 @@ def main():
     else:
         PAGE.write_text(page)
     print(page)
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or None)
 
 
 if __name__ == "__main__":
