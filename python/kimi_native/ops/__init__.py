@@ -1,4 +1,10 @@
-"""The kernels, NumPy arrays in and out. Activations are float32, weights bfloat16 (ml_dtypes) or packed INT4."""
+"""The kernels. An op runs where its arrays live: NumPy arrays on the CPU, CuPy arrays on the GPU, all in one place.
+
+Activations are float32 on the CPU and bfloat16 on the GPU, weights bfloat16 (ml_dtypes) or packed INT4, router scores,
+log-sum-exps, logits and the residual stream float32 on both. On the GPU an op is queued on CuPy's current stream and
+returns at once; it never waits, so it can be captured in a CUDA graph. RuntimeError, naming the op, from a GPU whose
+compute capability is below 8.0, from a launch that fails, and from a build without CUDA kernels.
+"""
 
 from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
 from kimi_native.ops.attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope

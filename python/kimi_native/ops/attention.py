@@ -38,7 +38,8 @@ def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):
     kv: float32, on the GPU bfloat16 [T, C + R], rows as kv_a_proj_with_mqa gives them, may be strided. weight:
     bfloat16 [C]. cos, sin, positions: as for rope, with one row of R elements a token. cache, slots: as for
     append_mla_cache. eps: float, of the norm. Nothing is rounded but the result.
-    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array.
+    Raises ValueError for a shape or an index, TypeError for a dtype or kind of array. On the GPU indices are not read
+    beforehand: a slot outside the cache is not written, a position outside the tables gives NaN.
     """
     run(
         "fused_append_mla_cache",

@@ -9,11 +9,11 @@ GROUP = 32  # inputs that share a scale in the published INT4 format
 
 
 def gemm(x, weight, out=None):
-    """out = x @ weight.T, products and sums in float32.
+    """out = x @ weight.T, products and sums in float32; on the GPU by cuBLAS.
 
-    x: float32 [T, in], rows may be strided. weight: bfloat16 [out, in].
-    out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
-    A row of the result does not depend on the other rows: any batch size gives the same bits.
+    x: float32, on the GPU bfloat16 [T, in], rows may be strided. weight: bfloat16 [out, in].
+    out: like x, on the GPU also float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    On the CPU a row of the result does not depend on the other rows: any batch size gives the same bits.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     if out is None:
@@ -28,9 +28,10 @@ def gemm(x, weight, out=None):
 def batched_gemm(x, weight, transpose_weight=False, out=None):
     """One matrix per head: out[t, n] = weight[n] @ x[t, n], or weight[n].T @ x[t, n].
 
-    x: float32 [T, N, in], first two axes may be strided. weight: bfloat16 [N, out, in], or [N, in, out] with
-    transpose_weight; the first axis may be strided. out: float32 [T, N, out], optional, first two axes may be strided;
-    must not overlap x. Returns out. These are MLA's absorbed projections W_UK^T q and W_UV o.
+    x: float32, on the GPU bfloat16 [T, N, in], first two axes may be strided. weight: bfloat16 [N, out, in], or
+    [N, in, out] with transpose_weight; the first axis may be strided. out: like x, on the GPU also float32 [T, N, out],
+    optional, first two axes may be strided; must not overlap x. Returns out. These are MLA's absorbed projections
+    W_UK^T q and W_UV o.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "batched_gemm"
@@ -45,11 +46,12 @@ def batched_gemm(x, weight, transpose_weight=False, out=None):
 
 
 def gemm_int4(x, weight_packed, weight_scale, out=None):
-    """out = x @ w.T with w[o, i] = q[o, i] * weight_scale[o, i // 32]; the product is exact in float32.
+    """out = x @ w.T with w[o, i] = q[o, i] * weight_scale[o, i // 32], exact in float32; bfloat16 of it on the GPU.
 
-    x: float32 [T, in], rows may be strided; in is a multiple of 32. weight_packed: int32 [out, in / 8] as on disk:
-    input 8 j + k of a row in bits 4 k .. 4 k + 3 of word j, q = nibble - 8. weight_scale: bfloat16 [out, in / 32].
-    out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    x: float32, on the GPU bfloat16 [T, in], rows may be strided; in is a multiple of 32. weight_packed: int32
+    [out, in / 8] as on disk: input 8 j + k of a row in bits 4 k .. 4 k + 3 of word j, q = nibble - 8. weight_scale:
+    bfloat16 [out, in / 32].
+    out: like x [T, out], optional, rows may be strided; must not overlap x. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     Source: compressed-tensors, format "pack-quantized".
     """
@@ -93,7 +95,8 @@ def quantize_int4(weight):
 def silu_and_mul(x, out=None):
     """SwiGLU's gate: out = silu(x[:, :I]) * x[:, I:], silu(a) = a / (1 + exp(-a)).
 
-    x: float32 [T, 2 I], rows may be strided. out: float32 [T, I], optional; must not overlap x. Returns out.
+    x: float32, on the GPU bfloat16 [T, 2 I], rows may be strided. out: like x [T, I], optional; must not overlap x.
+    Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     Source: Shazeer 2020, arXiv 2002.05202.
     """
