@@ -109,16 +109,17 @@ def _grouped(op, x, experts, offsets, out, **options):
 def grouped_gemm(x, experts, offsets, out=None):
     """A GEMM per expert with bf16 weights: out[m] = W_e x[m] for offsets[e] <= m < offsets[e + 1].
 
-    x: float32 [M, in], rows sorted by expert, may be strided. experts: ExpertWeights of bfloat16. offsets: int32
-    [E + 1], ascending from 0 to at most M. out: float32 [M, out], optional; rows from offsets[E] on are zero.
-    Returns out.
-    Raises ValueError for a shape or offsets, TypeError for a dtype or kind of array that does not fit.
+    x: float32, on the GPU bfloat16 [M, in], rows sorted by expert, may be strided. experts: ExpertWeights of bfloat16.
+    offsets: int32 [E + 1], ascending from 0 to at most M. out: like x [M, out], optional; rows from offsets[E] on are
+    zero. Returns out.
+    Raises ValueError for a shape or offsets, TypeError for a dtype or kind of array that does not fit. On the GPU
+    offsets are not read beforehand: others than these give undefined rows.
     """
     return _grouped("grouped_gemm", x, experts, offsets, out)
 
 
 def grouped_gemm_int4(x, experts, offsets, out=None, sm90=False):
-    """grouped_gemm with ExpertWeights in the published INT4 format; q * scale is exact in float32.
+    """grouped_gemm with ExpertWeights in the published INT4 format; q * scale as gemm_int4 has it.
 
     sm90=True runs the kernel for Hopper GPUs, which on none of them has run yet; RuntimeError where it does not fit.
     """
@@ -128,10 +129,12 @@ def grouped_gemm_int4(x, experts, offsets, out=None, sm90=False):
 def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None):
     """Routed experts in one call: out[t] = sum_k w[t, k] * down_e( silu(gate_e x[t]) * up_e x[t] ), e = topk_ids[t, k].
 
-    x: float32 [T, H], rows may be strided. topk_weights: float32 [T, K]. topk_ids: int32 [T, K], -1 (skipped) or an
-    expert. gate, up: ExpertWeights [E, I, H]. down: ExpertWeights [E, H, I]. bf16 or INT4 each.
-    out: float32 [T, H], optional; must not overlap x. Returns out. Experts are added in ascending order.
-    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit.
+    x: float32, on the GPU bfloat16 [T, H], rows may be strided. topk_weights: float32 [T, K]. topk_ids: int32 [T, K],
+    -1 (skipped) or an expert. gate, up: ExpertWeights [E, I, H]. down: ExpertWeights [E, H, I]. bf16 or INT4 each, on
+    the GPU gate and up alike. out: like x [T, H], optional; must not overlap x. Returns out. The order in which experts
+    are added is fixed.
+    Raises ValueError for a shape or an id, TypeError for a dtype or kind of array that does not fit. On the GPU ids are
+    not read beforehand: one that no expert has counts as -1.
     """
     for name, experts in (("gate", gate), ("up", up), ("down", down)):
         if not isinstance(experts, ExpertWeights):
