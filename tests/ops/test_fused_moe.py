@@ -21,8 +21,8 @@ from kimi_native import ops
 KINDS = ["bf16", "int4"]
 
 
-def random_experts(on, rng, kind, E, H, width, distinct=None):
-    """gate, up, down as (ExpertWeights, float64 matrices); E experts share `distinct` arrays.
+def random_experts(on, rng, kind, E, H, width, distinct=None, place=lambda array, i: array):
+    """gate, up, down as (ExpertWeights, float64 matrices); E experts share `distinct` arrays, placed by `place`.
 
     The matrices are what the backend multiplies with: q * scale exact on the CPU, rounded to bf16 on the GPU.
     """
@@ -33,6 +33,7 @@ def random_experts(on, rng, kind, E, H, width, distinct=None):
             lists = [[normal(rng, n_out, n_in, dtype=BF16, scale=n_in**-0.5) for _ in range(distinct or E)]]
         else:
             lists = list(zip(*(int4(rng, n_out, n_in) for _ in range(distinct or E)), strict=True))
+        lists = [[place(array, i) for i, array in enumerate(each)] for each in lists]
         exact = reference.ExpertWeights(*lists)
         if on.cuda:
             exact = [np.float64(weight.astype(BF16)) for weight in exact]
@@ -101,6 +102,23 @@ def test_whole_slabs(on, rng, kind, T, K, E):
     experts, exact = random_experts(on, rng, kind, E, 512, 256, distinct=2)
     x, routes, out = on.normal(rng, T, 512), random_routes(rng, T, K, E), poison(T, 512, dtype=on.dtype)
     check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts, out=out))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [3, 9, 40])
+def test_weights_of_any_alignment(on, rng, kind, T):
+    """Arrays of neighbouring experts start at multiples of 16 bytes and between them, as tensors in a file do."""
+
+    def place(array, i):
+        raw = np.empty(array.size + 8, array.dtype)
+        start = (-raw.ctypes.data % 16 // array.itemsize) + i % 2
+        copy = raw[start : start + array.size].reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    experts, exact = random_experts(on, rng, kind, 5, 256, 256, place=place)
+    x, routes = on.normal(rng, T, 256), random_routes(rng, T, 3, 5)
+    check(on, x, routes, exact, on(ops.fused_moe, x, **routes, **experts))
 
 
 @pytest.mark.parametrize("T", [1, 5])

@@ -77,6 +77,15 @@ def test_many_small_experts_keep_the_ring_turning(gpu, rng):
         check(x, exact, offsets_of(counts), run(gpu, x, experts, offsets_of(counts)))
 
 
+def test_most_experts(gpu, rng):
+    """As many as the kernel's table holds."""
+    pair = int4(rng, 8, 128)
+    experts, counts = gpu(ops.ExpertWeights, [pair[0]] * 512, [pair[1]] * 512), np.zeros(512, int)
+    counts[[0, 31, 32, 511]] = 1, 2, 1, 3
+    x, exact = gpu.normal(rng, 7, 128), [np.float64(reference.dequantize_int4(*pair))] * 512
+    check(x, exact, offsets_of(counts), run(gpu, x, experts, offsets_of(counts)))
+
+
 def test_equals_plain_loops_bit_for_bit(gpu, rng):
     """Small integers and scales of powers of two: sums are exact, whatever their order. All sixteen nibbles occur."""
     packed = [int4(rng, 40, 256)[0] for _ in range(2)]

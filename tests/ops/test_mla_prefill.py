@@ -92,6 +92,12 @@ def test_model_heads_run_on_tensor_cores(on, rng, T, S, tiles):
     assert mma / 320 == tiles and ldmatrix == 104 * tiles and conflicts == 0
 
 
+def test_model_heads_without_keys(on, rng):
+    """Nothing but q is loaded, to where the results are put in order. Many heads: q has to be late in one of them."""
+    out = on(ops.mla_prefill, **model_arguments(on, rng, [128], [0], N=12))
+    assert (out == 0).all()
+
+
 def test_many_sequences(on, rng):
     """More than a warp counts at once."""
     lengths = rng.integers(0, 3, 71)
