@@ -153,7 +153,9 @@ def test_large_logits_and_tiny_temperature_do_not_overflow(on):
     logits = np.array([[3e38, -3e38, 0], [-3e38, -2.9e38, -3e38], [1, 2, 3]], np.float32)
     uniform = np.array([0.9, 0.9, 0.9], np.float32)
     for temperature in (1.0, 1e-3, 1e-30, 1e-45):  # the inverse of the last is infinite
-        assert on(ops.top_k_top_p_sample, logits, uniform, temperature, 0, 1.0, 0.0).tolist()[:2] == [0, 1]
+        for order, drawn in ((1, [0, 1]), (-1, [2, 1])):  # two results in turn: neither is left over from the last call
+            rows = np.ascontiguousarray(logits[:, ::order])
+            assert on(ops.top_k_top_p_sample, rows, uniform, temperature, 0, 1.0, 0.0).tolist()[:2] == drawn
     assert on(ops.top_k_top_p_sample, logits, uniform, 1e-3, 0, 1.0, 0.0)[2] == 2
 
 
