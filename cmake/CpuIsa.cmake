@@ -4,7 +4,7 @@ add_library(kimi_cpu STATIC ${KIMI_CPU_SOURCES})
 target_link_libraries(kimi_cpu PUBLIC kimi_options Threads::Threads)
 
 function(kimi_add_isa name)
-  add_library(kimi_isa_${name} OBJECT csrc/cpu/isa/${name}.cpp)
+  add_library(kimi_isa_${name} OBJECT csrc/cpu/isa/${name}.cpp csrc/cpu/isa/${name}_quantized.cpp)
   target_link_libraries(kimi_isa_${name} PRIVATE kimi_options)
   target_compile_options(kimi_isa_${name} PRIVATE ${ARGN})
   target_sources(kimi_cpu PRIVATE $<TARGET_OBJECTS:kimi_isa_${name}>)

@@ -187,7 +187,7 @@ void check_experts(const Args& a, const char* name, const ExpertWeights& w, int6
 // workspace None: returns the number of floats it must hold.
 template <class On>
 size_t fused_moe(On on, Tensor x, Tensor topk_weights, Tensor topk_ids, const ExpertTable& gate, const ExpertTable& up,
-                 const ExpertTable& down, Tensor out, std::optional<Tensor> workspace) {
+                 const ExpertTable& down, Tensor out, std::optional<Tensor> workspace, int digits) {
   using Activation = typename On::Activation;
   const Args a("fused_moe", on);
   Dim T{"T"}, H{"H"}, K{"K"};
@@ -199,14 +199,16 @@ size_t fused_moe(On on, Tensor x, Tensor topk_weights, Tensor topk_ids, const Ex
   check_experts(a, "gate", p.gate, p.gate.E, p.gate.n_out, H.size);
   check_experts(a, "up", p.up, p.gate.E, p.gate.n_out, H.size);
   check_experts(a, "down", p.down, p.gate.E, H.size, p.gate.n_out);
-  if constexpr (kOnCpu<On>)
+  if constexpr (kOnCpu<On>) {
     check_indices(a, "topk_ids", p.topk_ids, T.size * K.size, p.gate.E);
-  else
+  } else {
     a.require(!p.gate.scale == !p.up.scale, "gate and up differ, one is INT4 and one bfloat16");
+    a.require(digits == 0, "activations are integers, which are for the CPU; expected float32");
+  }
   p.out = a.strided<Activation>("out", out, T, H);
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
-  p.T = T, p.H = H, p.I = p.gate.n_out, p.K = K, p.E = p.gate.E;
+  p.T = T, p.H = H, p.I = p.gate.n_out, p.K = K, p.E = p.gate.E, p.digits = digits;
   Dim floats{"floats", int64_t(KIMI_WORKSPACE(fused_moe, p))};
   if (!workspace) return size_t(floats.size);
   p.workspace = a.dense<float>("workspace", *workspace, floats);

@@ -5,36 +5,61 @@
 #include "cpu/sort_by_expert.h"
 
 namespace kimi {
+namespace cpu {
 namespace {
 
-// The workspace: act [M, I] floats, then the integers of the sort.
+// The workspace: activations, as floats and as integers, then the integers of the sort.
 struct Workspace {
-  float* act;        // [M, I] silu(gate x) * up x, rows sorted by expert
+  Inputs x, act;     // act: [M, I] silu(gate x) * up x, rows sorted by expert
+  float* act_rows;   // where act is written
   int32_t* inverse;  // [M] sorted row of each (token, slot)
   int32_t* pair;     // [M] the way back: (token, slot) of each sorted row
   int32_t* offsets;  // [E + 1]
   int32_t* active;   // [min(E, M)] experts with tokens, ascending
+  size_t bytes = 0;
 
-  Workspace(const FusedMoeParams<float>& p) {
+  explicit Workspace(const FusedMoeParams<float>& p) {
     const int64_t M = int64_t(p.T) * p.K;
-    act = p.workspace;
-    inverse = reinterpret_cast<int32_t*>(act + M * p.I);
-    pair = inverse + M;
-    offsets = pair + M;
-    active = offsets + p.E + 1;
+    char* base = reinterpret_cast<char*>(p.workspace);
+    base += -reinterpret_cast<uintptr_t>(base) % kAlignment;
+    const auto take = [&](int64_t n) {
+      char* const at = base + bytes;
+      bytes += (n + kAlignment - 1) / kAlignment * kAlignment;
+      return at;
+    };
+    act_rows = reinterpret_cast<float*>(take(M * p.I * sizeof(float)));
+    x = quantized({.x = p.x, .stride = p.x_stride}, p.gate.scale && p.up.scale, p.T, p.H, p.digits, take);
+    act = quantized({.x = act_rows, .stride = p.I}, p.down.scale, M, p.I, p.digits, take);
+    inverse = reinterpret_cast<int32_t*>(take((3 * M + p.E + 1) * sizeof(int32_t)));
+    pair = inverse + M, active = pair + M, offsets = active + M;
+    bytes += kAlignment;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;  // of what memory gives at the least, and integer rows ask for
+
+  template <class Take>
+  static Inputs quantized(Inputs in, bool int4, int64_t rows, int n, int digits, const Take& take) {
+    if (!int4 || !digits) return in;
+    in.quantized_stride = kernels().quantized->row_bytes(n, digits), in.digits = digits;
+    in.quantized = take(rows * in.quantized_stride);
+    return in;
   }
 };
 
 }  // namespace
 
-namespace cpu {
-
-size_t fused_moe_workspace(const FusedMoeParams<float>& p) {
-  const int64_t M = int64_t(p.T) * p.K;
-  return size_t(M * p.I + 2 * M + p.E + 1 + std::min<int64_t>(p.E, M));
-}
+size_t fused_moe_workspace(const FusedMoeParams<float>& p) { return Workspace(p).bytes / sizeof(float); }
 
 namespace {
+
+void quantize(const Kernels& k, const Inputs& in, int64_t rows, int n) {
+  if (!in.quantized) return;
+  parallel_for(rows, 1, [&](int64_t row, int64_t) {
+    k.quantized->quantize(in.x + row * in.stride, n, in.digits,
+                          const_cast<char*>(in.quantized) + row * in.quantized_stride);
+  });
+}
 
 // Sorts the pairs by expert and returns how many experts have tokens.
 int sort_pairs(const FusedMoeParams<float>& p, const Workspace& s) {
@@ -51,25 +76,25 @@ int sort_pairs(const FusedMoeParams<float>& p, const Workspace& s) {
 // act[first + i][row..row + rows) for the tokens of expert e: gate and up side by side, then SwiGLU.
 void gate_and_up(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float gate[kBlockT * kBlockRows], up[kBlockT * kBlockRows];
-  const float* xs[kBlockT];
+  int64_t tokens_of[kBlockT];
   for (int first = s.offsets[e]; first < s.offsets[e + 1]; first += kBlockT) {
     const int tokens = std::min(kBlockT, s.offsets[e + 1] - first);
-    for (int i = 0; i < tokens; i++) xs[i] = p.x + s.pair[first + i] / p.K * p.x_stride;
-    with_expert(p.gate, e, [&](const auto& w) { matmul_block(k, xs, tokens, w, row, rows, gate); });
-    with_expert(p.up, e, [&](const auto& w) { matmul_block(k, xs, tokens, w, row, rows, up); });
+    for (int i = 0; i < tokens; i++) tokens_of[i] = s.pair[first + i] / p.K;
+    matmul_expert(k, s.x, tokens_of, tokens, p.gate, e, row, rows, gate);
+    matmul_expert(k, s.x, tokens_of, tokens, p.up, e, row, rows, up);
     for (int i = 0; i < tokens; i++)
-      k.silu_and_mul(gate + i * kBlockRows, up + i * kBlockRows, s.act + int64_t(first + i) * p.I + row, rows);
+      k.silu_and_mul(gate + i * kBlockRows, up + i * kBlockRows, s.act_rows + int64_t(first + i) * p.I + row, rows);
   }
 }
 
 // out[token][row..row + rows) += router weight * down_e act, for the tokens of expert e.
 void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float sums[kBlockT * kBlockRows];
-  const float* xs[kBlockT];
+  int64_t sorted[kBlockT];
   for (int first = s.offsets[e]; first < s.offsets[e + 1]; first += kBlockT) {
     const int tokens = std::min(kBlockT, s.offsets[e + 1] - first);
-    for (int i = 0; i < tokens; i++) xs[i] = s.act + int64_t(first + i) * p.I;
-    with_expert(p.down, e, [&](const auto& w) { matmul_block(k, xs, tokens, w, row, rows, sums); });
+    for (int i = 0; i < tokens; i++) sorted[i] = first + i;
+    matmul_expert(k, s.act, sorted, tokens, p.down, e, row, rows, sums);
     for (int i = 0; i < tokens; i++) {
       const int pair = s.pair[first + i];
       float* out = p.out + pair / p.K * p.out_stride + row;
@@ -85,11 +110,13 @@ void fused_moe(const FusedMoeParams<float>& p) {
   const Kernels& k = kernels();
   const Workspace s(p);
   const int active = sort_pairs(p, s);
+  quantize(k, s.x, p.T, p.H);
   const int64_t blocks = (p.I + kBlockRows - 1) / kBlockRows;
   parallel_for(active * blocks, 1, [&](int64_t item, int64_t) {
     const int row = int(item % blocks) * kBlockRows;
     gate_and_up(k, p, s, s.active[item / blocks], row, std::min(kBlockRows, p.I - row));
   });
+  quantize(k, s.act, s.offsets[p.E], p.I);
   parallel_for(p.H, kBlockRows, [&](int64_t begin, int64_t end) {
     for (int t = 0; t < p.T; t++) std::fill(p.out + t * p.out_stride + begin, p.out + t * p.out_stride + end, 0.0f);
     for (int i = 0; i < active; i++) down_and_add(k, p, s, s.active[i], int(begin), int(end - begin));

@@ -9,7 +9,7 @@
 namespace kimi::cpu {
 namespace {
 
-// Fills what `table` leaves null from `lower`. All members but the name are function pointers of one size.
+// Fills what `table` leaves null from `lower`. All members but the name are pointers of one size.
 Kernels fill(const Kernels& table, const Kernels& lower) {
   constexpr size_t kFirst = offsetof(Kernels, sum_squares), kStep = sizeof table.sum_squares;
   Kernels filled = table;

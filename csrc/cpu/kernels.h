@@ -1,12 +1,27 @@
 // The table of inner loops an instruction set supplies. A table leaves null what it does not improve; isa.cpp fills the
 // gap from the next lower one.
 #pragma once
+#include <cstddef>
+
 #include "core/dtype.h"
 
 namespace kimi::cpu {
 
 // A tile of dot products is at most kTileT tokens by kTileRows weight rows: tile[t * kTileRows + r] = x[t] . w[r].
 constexpr int kTileT = 6, kTileRows = 4;
+
+// Products of INT4 weights with integers. Each group of 32 inputs of x becomes d * q, where d is its largest magnitude
+// over the largest integer and q has `digits` signed bytes: one (to 127), or two, 128 * high + low (to 16319). A group
+// that is not finite gets d = NaN. A row of such inputs takes row_bytes(n), aligned to 64, in an order that suits the
+// instruction set; n is a multiple of 32.
+struct QuantizedKernels {
+  size_t (*row_bytes)(int n, int digits);
+  void (*quantize)(const float* x, int n, int digits, void* row);
+  // out[t * out_stride + r] = x[t] . w[r], strides as in dot_int4 below. A product has one order, whatever tokens and
+  // rows are.
+  void (*dot)(const void* const* x, int tokens, int digits, const uint8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int n, float* out, int out_stride);
+};
 
 struct Kernels {
   const char* name;
@@ -30,6 +45,7 @@ struct Kernels {
   // k is a multiple of 32; w_stride in bytes, scale_stride in elements.
   void (*dot_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int k, float* tile);
+  const QuantizedKernels* quantized;
 
   // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTileT
   void (*add_weighted_rows)(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows,
@@ -37,6 +53,7 @@ struct Kernels {
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
+extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels;
 
 const Kernels& kernels();
 

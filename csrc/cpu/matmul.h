@@ -107,6 +107,31 @@ void matmul_block(const Kernels& k, const float* const* x, int tokens, const Mat
     add(k, x, tokens, w, row, rows, begin, std::min(kBlockK, w.n_in - begin), sums);
 }
 
+// Rows of inputs, and as integers where they have been quantized.
+struct Inputs {
+  const float* x;
+  int64_t stride;
+  const char* quantized = nullptr;
+  int64_t quantized_stride = 0;  // bytes
+  int digits = 0;
+};
+
+// sums[t * kBlockRows + r] = x[index[t]] . W_e[row + r], as matmul_block has it, by integers where x has them.
+inline void matmul_expert(const Kernels& k, const Inputs& in, const int64_t* index, int tokens, const ExpertWeights& w,
+                          int e, int row, int rows, float* sums) {
+  if (in.quantized) {
+    const void* xs[kBlockT];
+    for (int t = 0; t < tokens; t++) xs[t] = in.quantized + index[t] * in.quantized_stride;
+    const Int4Matrix m{static_cast<const uint8_t*>(w.weight[e]), w.scale[e], w.n_in};
+    k.quantized->dot(xs, tokens, in.digits, m.packed_at(row, 0), w.n_in / 2, m.scale_at(row, 0), w.n_in / kInt4Group,
+                     rows, w.n_in, sums, kBlockRows);
+    return;
+  }
+  const float* xs[kBlockT];
+  for (int t = 0; t < tokens; t++) xs[t] = in.x + index[t] * in.stride;
+  with_expert(w, e, [&](const auto& matrix) { matmul_block(k, xs, tokens, matrix, row, rows, sums); });
+}
+
 // out[t][row..row + rows) = x[t] . W for consecutive tokens, block by block. x and out are strided rows.
 template <class Matrix>
 void matmul_rows(const Kernels& k, const float* x, int64_t x_stride, int T, const Matrix& w, int row, int rows,

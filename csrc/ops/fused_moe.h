@@ -20,6 +20,8 @@ struct FusedMoeParams {
   int64_t out_stride;
   float* workspace;  // fused_moe_workspace(p) floats
   int T, H, I, K, E;
+  int digits;  // CPU, INT4 weights: inputs as integers of so many signed bytes, 1 or 2 (see cpu/kernels.h); 0: as
+               // floats
 };
 
 namespace cpu {

@@ -76,6 +76,85 @@ def inner_error(x, routes, exact):
     return 5 * 2.0**-9 * np.sqrt(squares)
 
 
+INTEGERS = {"int16": 16319, "int8": 127}
+# How far a product of a layer may be from the reference that rounds to the same integers, as a share of its norm. What
+# goes into the second product is rounded from float32 sums: one in a few thousand of those lands on the next integer.
+SAME_INTEGERS = {"int16": 3e-5, "int8": 5e-4}
+
+
+def rounded(x, limit):
+    """x [T, n] as integers to `limit` times a scale per 32 inputs, in the kernels' own float32 arithmetic."""
+    groups = np.float32(x).reshape(len(x), -1, 32)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    q = np.rint(groups * (np.float32(limit) / largest))
+    return (np.float64(q) * (largest / np.float32(limit))).reshape(x.shape)
+
+
+def rounding_reference(x, topk_weights, topk_ids, gate, up, down, limit):
+    out, x = np.zeros((len(x), len(down[0]))), rounded(x, limit)
+    for (t, k), e in np.ndenumerate(topk_ids):
+        g, u = gate[e] @ x[t], up[e] @ x[t]
+        out[t] += topk_weights[t, k] * (down[e] @ rounded((g / (1 + np.exp(-g)) * u)[None], limit)[0])
+    return out
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("activations", INTEGERS)
+@pytest.mark.parametrize("T", [1, 2, 35])
+@pytest.mark.parametrize(("H", "width"), [(32, 32), (160, 96), (544, 288)])
+def test_integer_activations(on, rng, activations, T, H, width):
+    experts, exact = random_experts(on, rng, "int4", 5, H, width)
+    x, routes = on.normal(rng, T, H), random_routes(rng, T, 2, 5)
+    out = ops.fused_moe(x, **routes, **experts, activations=activations)
+    expected = rounding_reference(x, **routes, **exact, limit=INTEGERS[activations])
+    assert np.linalg.norm(out - expected) < SAME_INTEGERS[activations] * np.linalg.norm(expected)
+    for t in range(T):  # bit for bit, alone as among others
+        one = {name: array[t : t + 1] for name, array in routes.items()}
+        assert same_bits(ops.fused_moe(x[t : t + 1], **one, **experts, activations=activations)[0], out[t])
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("activations", INTEGERS)
+def test_integer_activations_of_odd_values(on, rng, activations):
+    """Zeros stay zeros, numbers too small for a scale count as zero, what is not finite stays in its token."""
+    experts, exact = random_experts(on, rng, "int4", 3, 64, 32)
+    x = on.normal(rng, 6, 64)
+    x[0], x[1], x[2, 3], x[3, 40], x[4, 32:] = 0, 1e-38, np.nan, -np.inf, 0
+    routes = {"topk_weights": np.ones((6, 1), np.float32), "topk_ids": np.zeros((6, 1), np.int32)}
+    out = ops.fused_moe(x, **routes, **experts, activations=activations)
+    assert (out[:2] == 0).all() and np.isnan(out[2:4]).all()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = rounding_reference(
+            np.where(x == 0, np.float32(1e-20), x)[4:],
+            **{name: array[4:] for name, array in routes.items()},
+            **exact,
+            limit=INTEGERS[activations],
+        )
+    assert np.linalg.norm(out[4:] - expected) < SAME_INTEGERS[activations] * np.linalg.norm(expected)
+
+
+@pytest.mark.kernels("cpu")
+def test_integer_activations_are_for_int4_alone(on, rng):
+    experts, _ = random_experts(on, rng, "bf16", 3, 64, 32)
+    x, routes = on.normal(rng, 2, 64), random_routes(rng, 2, 2, 3)
+    assert same_bits(ops.fused_moe(x, **routes, **experts, activations="int8"), ops.fused_moe(x, **routes, **experts))
+
+
+def test_activations_that_there_are_not(rng):
+    experts, _ = random_experts(Cpu("scalar"), rng, "int4", 3, 64, 32)
+    x, routes = normal(rng, 2, 64), random_routes(rng, 2, 2, 3)
+    with pytest.raises(ValueError, match="fused_moe: activations is 'int4', expected one of: float32, int16, int8"):
+        ops.fused_moe(x, **routes, **experts, activations="int4")
+
+
+@pytest.mark.kernels("gpu")
+def test_integer_activations_are_for_the_cpu(on, rng):
+    experts, _ = random_experts(on, rng, "int4", 3, 64, 32)
+    x, routes = on.normal(rng, 2, 64), random_routes(rng, 2, 2, 3)
+    with pytest.raises(ValueError, match="fused_moe: activations are integers, which are for the CPU"):
+        on(ops.fused_moe, x, **routes, **experts, activations="int16")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [1, 3])
 def test_model_shapes(on, rng, kind, T):

@@ -323,6 +323,7 @@ const Kernels avx2_kernels = {
     .dot_f32 = dot_f32,
     .dot_bf16 = dot_bf16,
     .dot_int4 = dot_int4,
+    .quantized = &avx2_quantized_kernels,
     .add_weighted_rows = add_weighted_rows,
 };
 

@@ -1,4 +1,4 @@
-// AVX-512: improves nothing over AVX2 yet, so every slot is filled from there.
+// AVX-512: improves on AVX2 where integers are multiplied; every other slot is filled from there.
 #include "cpu/kernels.h"
 
 namespace kimi::cpu {
@@ -7,6 +7,7 @@ namespace {
 constexpr Kernels table() {
   Kernels k{};
   k.name = "avx512";
+  k.quantized = &avx512_quantized_kernels;
   return k;
 }
 

@@ -113,6 +113,7 @@ const Kernels scalar_kernels = {
     .dot_f32 = dot_f32,
     .dot_bf16 = dot_bf16,
     .dot_int4 = dot_int4,
+    .quantized = &scalar_quantized_kernels,
     .add_weighted_rows = add_weighted_rows,
 };
 
