@@ -73,7 +73,7 @@ except MemoryError:
     pass
 else:
     sys.exit("the limit does not hold")
-model = kn.load(folder, cache_dtype="float32")
+model = kn.load(folder, cache_dtype="float32", activations="float32")
 cache = model.new_cache(len(tokens))
 np.save(out, np.concatenate([model.forward(tokens[:4], cache), model.forward(tokens[4:], cache)]))
 """

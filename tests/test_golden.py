@@ -19,6 +19,8 @@ INT4_EXACT = 1e-5  # the same weights through two kernels: only the order of flo
 # A bf16 weight is q * scale rounded by up to 2^-9 of its value, the INT4 kernels do not round: that moves the logits
 # by 8e-3 while it turns no expert.
 INT4_ROUNDED = 2e-2
+# Activations as integers: the limit, 3.3e-4 and 3.1e-2 were seen, and how many of 88 tokens may have an expert turned.
+INTEGERS = {"int16": (1e-3, 0), "int8": (5e-2, 2)}
 
 FOLDER = Path(__file__).parent / "golden"
 FACTS = json.loads((FOLDER / "text.json").read_text())
@@ -27,8 +29,8 @@ PROMPT, LONG_PROMPT = GOLDEN["prompt"].tolist(), GOLDEN["long_prompt"].tolist()
 TOKENS = GOLDEN["greedy_tokens"].tolist()
 
 
-def load(folder, cache_dtype="float32"):
-    return kn.load(folder, cache_dtype=cache_dtype, mla_norm_eps=1e-6)
+def load(folder, cache_dtype="float32", activations="float32"):
+    return kn.load(folder, cache_dtype=cache_dtype, activations=activations, mla_norm_eps=1e-6)
 
 
 def make(tmp_path_factory, **changes):
@@ -125,3 +127,13 @@ def test_int4_is_near_bf16_where_products_are_rounded(tmp_path_factory):
     quantized = load(make(tmp_path_factory, experts="int4", scale_bits=8))
     for ours, theirs in zip(decode(quantized), decode(plain), strict=True):
         assert_near(ours, theirs, INT4_ROUNDED)
+
+
+@pytest.mark.parametrize("activations", INTEGERS)
+def test_integer_activations(tmp_path_factory, isa, activations):
+    folder = make(tmp_path_factory, experts="int4")
+    limit, turned = INTEGERS[activations]
+    ours, theirs = (np.concatenate(decode(load(folder, activations=a))) for a in (activations, "float32"))
+    away = np.abs(np.float64(ours) - theirs) / np.std(theirs, dtype=np.float64)
+    beyond = rows_beyond(away, limit)
+    assert len(beyond) <= turned, f"{away.max():.3g} standard deviations, allowed {limit}; rows {beyond}"

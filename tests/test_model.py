@@ -54,7 +54,7 @@ def expected_logits(folder, config, tokens=TOKENS):
 def case(request, tmp_path_factory):
     preset, experts = request.param
     folder = tiny.make_tiny(tmp_path_factory.mktemp("model") / preset, preset, experts=experts)
-    model = kn.load(folder, cache_dtype="float32")
+    model = kn.load(folder, cache_dtype="float32", activations="float32")
     return Case(folder, model, expected_logits(folder, model.config))
 
 
@@ -71,7 +71,7 @@ def bf16_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    model = kn.load(folder, cache_dtype="float32")
+    model = kn.load(folder, cache_dtype="float32", activations="float32")
     return Case(folder, model, expected_logits(folder, model.config))
 
 
@@ -141,7 +141,7 @@ def test_long_context(loaded):
     tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, 600).tolist()
     assert len(tokens) > max(model_module.PREFILL_CHUNK, model_module.KEY_CHUNK)
     expected = expected_logits(loaded.folder, loaded.model.config, tokens)
-    model = kn.load(loaded.folder, cache_dtype="float32")  # with no rope table yet
+    model = kn.load(loaded.folder, cache_dtype="float32", activations="float32")  # with no rope table yet
     cache = model.new_cache(len(tokens))
     pieces = [
         model.forward(tokens[start:stop], cache) for start, stop in ((0, 250), (250, 258), (258, 599), (599, 600))
@@ -241,14 +241,14 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_config_variant(loaded, tmp_path, name):
     folder = with_config(loaded.folder, tmp_path / "variant", VARIANTS[name])
-    model = kn.load(folder, cache_dtype="float32")
+    model = kn.load(folder, cache_dtype="float32", activations="float32")
     expected = expected_logits(folder, model.config)
     assert np.abs(expected - loaded.expected).max() > 1e-2 * expected.std(), "the variant must matter"
     assert_near(in_chunks(model, [70, 1, 9, 66, 1, 3]), expected)
 
 
 def test_override(loaded):
-    model = kn.load(loaded.folder, cache_dtype="float32", mla_norm_eps=1e-2)
+    model = kn.load(loaded.folder, cache_dtype="float32", activations="float32", mla_norm_eps=1e-2)
     assert model.config.text_config.mla_norm_eps == 1e-2
     expected = expected_logits(loaded.folder, model.config)
     assert np.abs(expected - loaded.expected).max() > 1e-2 * expected.std()
@@ -356,9 +356,9 @@ def test_each_module_has_its_own_format(folder, bf16_folder, loaded, tmp_path, m
     mixed = rewritten(folder, tmp_path / "mixed", lambda tensors: replace_module(tensors, module, other))
     formats = {name.rpartition(".")[2] for name in Checkpoint(mixed).names if ".mlp.experts." in name}
     assert formats == {"weight", "weight_packed", "weight_scale", "weight_shape"}
-    model = kn.load(mixed, cache_dtype="float32")
+    model = kn.load(mixed, cache_dtype="float32", activations="float32")
     assert_near(prefill(model), loaded.expected)
-    assert_near(prefill(kn.load(bf16_folder, cache_dtype="float32")), loaded.expected)
+    assert_near(prefill(kn.load(bf16_folder, cache_dtype="float32", activations="float32")), loaded.expected)
 
 
 @pytest.mark.parametrize("expert", [0, 5, 31])
@@ -438,7 +438,7 @@ def test_a_tensor_that_does_not_fit(folder, tmp_path, name):
 def test_rewritten_checkpoint_is_the_same(folder, loaded, tmp_path):
     """Guards the tests above: the way they write a checkpoint is right."""
     same = rewritten(folder, tmp_path / "same", lambda tensors: None)
-    assert same_bits(prefill(kn.load(same, cache_dtype="float32")), prefill(loaded.model))
+    assert same_bits(prefill(kn.load(same, cache_dtype="float32", activations="float32")), prefill(loaded.model))
 
 
 @pytest.mark.parametrize("missing", [1, 1000])

@@ -20,7 +20,7 @@ from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import Config, TextConfig
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
-from kimi_native.placement import Weights, check_device, check_memory
+from kimi_native.placement import Weights, check_activations, check_device, check_memory
 from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
 
@@ -144,6 +144,7 @@ class MoE:
     def __init__(self, config: TextConfig, weights: Weights):
         c, E = config, config.n_routed_experts
         self.config, self.experts_on_host = config, weights.experts_on_host
+        self.activations = weights.activations
         self.gate = weights.tensor("gate.weight", E, c.hidden_size)
         self.e_score_correction_bias = weights.tensor("gate.e_score_correction_bias", E, dtype="F32")
         self.gate_proj = weights.experts("gate_proj", E, c.moe_intermediate_size, c.hidden_size)
@@ -172,7 +173,8 @@ class MoE:
         return out
 
     def _routed(self, x, topk_weights, topk_ids):
-        return ops.fused_moe(x, topk_weights, topk_ids, self.gate_proj, self.up_proj, self.down_proj)
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        return ops.fused_moe(x, topk_weights, topk_ids, *projections, activations=self.activations)
 
 
 class DecoderLayer:
@@ -207,6 +209,7 @@ class Model:
         path,
         device: str = "cpu",
         experts: str | None = None,
+        activations: str = "int16",
         cache_dtype: str = "bfloat16",
         progress: Callable[[int, int], None] | None = None,
         **overrides,
@@ -214,19 +217,21 @@ class Model:
         """Map a checkpoint folder as published, and copy it to the GPU for device "cuda". No weight is converted.
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
-        when the rest goes to the GPU; None keeps them beside the rest. cache_dtype: "bfloat16" or, on the CPU,
+        when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
+        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). cache_dtype: "bfloat16" or, on the CPU,
         "float32". progress(done, total) is called after each file's header, then after each layer or, on the GPU, as
         weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
         for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
         """
         check_device(device, experts)
+        check_activations(activations)
         check_dtype(cache_dtype, device)
         if device == "cuda":
             gpu.check()
         path = Path(path)
         config = Config.from_folder(path, **overrides)
-        model = cls(config, Checkpoint(path, progress), device, experts == "cpu", cache_dtype, progress)
+        model = cls(config, Checkpoint(path, progress), device, experts == "cpu", activations, cache_dtype, progress)
         if (path / "tiktoken.model").exists():
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
@@ -234,7 +239,14 @@ class Model:
         return model
 
     def __init__(
-        self, config: Config, checkpoint: Checkpoint, device: str, experts_on_host: bool, cache_dtype: str, progress
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        device: str,
+        experts_on_host: bool,
+        activations: str,
+        cache_dtype: str,
+        progress: Callable[[int, int], None] | None,
     ):
         c = config.text_config
         self.config, self.device, self.cache_dtype = config, device, cache_dtype
@@ -245,7 +257,8 @@ class Model:
         self.embed_tokens = checkpoint.tensor(
             f"{checkpoint.prefix}model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "BF16"
         )
-        weights = Weights(checkpoint, checkpoint.prefix)
+        activations = activations if device == "cpu" or experts_on_host else "float32"
+        weights = Weights(checkpoint, checkpoint.prefix, activations=activations)
         self._build(weights, progress if device == "cpu" else None)
         dense, experts = weights.read_bytes["dense"], weights.read_bytes["experts"]
         # What one token reads: everything but the embedding table and the experts it is not routed to.
@@ -256,7 +269,7 @@ class Model:
             check_memory(c, weights.room, self.experts_on_host, GPU_PREFILL_CHUNK, GPU_KEY_CHUNK)
             total = weights.room["dense"] + (0 if self.experts_on_host else weights.room["experts"])
             upload = gpu.Upload(total, progress)
-            self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host), None)
+            self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
             upload.finish()
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()

@@ -4,6 +4,7 @@ from kimi_native import ops
 from kimi_native.checkpoint import Checkpoint, CheckpointError
 from kimi_native.config import TextConfig
 from kimi_native.ops import gpu
+from kimi_native.ops.moe import DIGITS
 
 
 def check_device(device: str, experts: str | None) -> None:
@@ -12,6 +13,12 @@ def check_device(device: str, experts: str | None) -> None:
         raise ValueError(f"device is {device!r}, expected 'cpu' or 'cuda'")
     if experts not in (None, "cpu"):
         raise ValueError(f"experts is {experts!r}, expected None, for beside the rest, or 'cpu'")
+
+
+def check_activations(activations: str) -> None:
+    """Raises ValueError for a format of activations that there is not."""
+    if activations not in DIGITS:
+        raise ValueError(f"activations is {activations!r}, expected one of: {', '.join(DIGITS)}")
 
 
 def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool, tokens: int, keys: int) -> None:
@@ -48,17 +55,24 @@ class Weights:
     """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name.
 
     With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
-    add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload.
+    add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload. activations:
+    what INT4 experts that stay on the host are multiplied by.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, prefix: str, upload: gpu.Upload | None = None, experts_on_host: bool = False
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        upload: gpu.Upload | None = None,
+        experts_on_host: bool = False,
+        activations: str = "float32",
     ):
         self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
+        self.activations = activations
         self.read_bytes, self.room = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}
 
     def __truediv__(self, name: str) -> "Weights":
-        below = Weights(self.checkpoint, f"{self.prefix}{name}.", self.upload, self.experts_on_host)
+        below = Weights(self.checkpoint, f"{self.prefix}{name}.", self.upload, self.experts_on_host, self.activations)
         below.read_bytes, below.room = self.read_bytes, self.room
         return below
 
