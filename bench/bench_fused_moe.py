@@ -29,14 +29,20 @@ def run_experts(harness, rng, cases, E, intermediate):
         out = harness.arrays.zeros(case.T, shapes.HIDDEN)
         placed = harness.arrays.put(weights), harness.arrays.put(ids)
         touched = len(np.unique(ids[ids >= 0]))
-        harness.run(
-            "fused_moe",
-            f"E={E} I={intermediate} T={case.T} {case.routing}" if harness.cuda else f"T={case.T} experts={touched}",
-            lambda x=x, placed=placed, out=out: ops.fused_moe(x, *placed, *projections, out=out),
-            bytes_moved=touched * weights_per_expert * shapes.BYTES_INT4,
-            operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
-            baseline=lambda x=x, weights=weights, ids=ids: numpy_fused_moe(x, weights, ids, arrays),
-        )
+        for activations in ("float32",) if harness.cuda else ("int16", "int8", "float32"):
+
+            def fused_moe(x=x, placed=placed, out=out, activations=activations):
+                ops.fused_moe(x, *placed, *projections, out=out, activations=activations)
+
+            on_gpu, on_cpu = f"E={E} I={intermediate} T={case.T} {case.routing}", f"T={case.T} experts={touched}"
+            harness.run(
+                "fused_moe",
+                on_gpu if harness.cuda else f"{on_cpu} {activations}",
+                fused_moe,
+                bytes_moved=touched * weights_per_expert * shapes.BYTES_INT4,
+                operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
+                baseline=lambda x=x, weights=weights, ids=ids: numpy_fused_moe(x, weights, ids, arrays),
+            )
 
 
 def random_layer(harness, rng, E, intermediate):

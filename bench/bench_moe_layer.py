@@ -26,7 +26,7 @@ def bench(harness):
 
         def layer(x=x, logits=placed, out=out):
             routed = ops.topk_sigmoid(logits, placed_bias, K, shapes.ROUTED_SCALING_FACTOR)
-            ops.fused_moe(x, *routed, *experts, out=out)
+            ops.fused_moe(x, *routed, *experts, out=out, activations="float32" if harness.cuda else "int16")
 
         def numpy_layer(x=x, logits=logits):
             return numpy_fused_moe(x, *numpy_topk_sigmoid(logits, bias, K), arrays)
