@@ -186,6 +186,10 @@ def test_lengths_that_do_not_fit_on_the_gpu(on, rng, dims):
         out, lse = on(ops.mla_prefill, **bad_keys, state=state, return_lse=True)
         assert np.isnan(out[4:].astype(np.float32)).all() and np.isnan(lse[4:]).all()
         assert state is not None or same_bits(out[:4], expected[:4])
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):  # a first sequence that begins before the array
+        state = poison(12, 2, dims[2], dtype=on.dtype), np.full((12, 2), -np.inf, np.float32)
+        out, _ = on(ops.mla_prefill, **given | {name: given[name] - i32(3, 0, 0, 0)}, state=state, return_lse=True)
+        assert np.isnan(out[:4].astype(np.float32)).all() and same_bits(out[4:], expected[4:])
     for cu in (i32(0, 4, 13, 12), i32(0, 4, 2, -1), i32(2**31 - 1, -(2**31), 2**30, 12), i32(0, 4, -1, 2**31 - 1)):
         state = poison(12, 2, dims[2], dtype=on.dtype), np.full((12, 2), -np.inf, np.float32)
         out, lse = on(ops.mla_prefill, **given | {"cu_seqlens_q": cu}, state=state, return_lse=True)
