@@ -65,8 +65,10 @@ inline void bulk_copy(std::function<void()> copy, void* at, long bytes, Site s) 
 // The arrival of a thread whose cp.async are in flight, and they, land like a bulk copy.
 inline void mbarrier_arrive_after_copies(void* at, Site s) {
   Quiet q;
-  mbarrier_at(at, s);
+  Mbarrier& now = mbarrier_at(at, s);
+  order_before(&now.order[now.phase & 1]);
   g.bulk.push_back([at, s, copies = std::move(g.cur->open)] {
+    Quiet quiet;  // whoever runs this is not the one that copies
     for (const Copy& c : copies) land(c);
     Mbarrier& b = g.mbarriers.at(at);
     if (!b.pending) {
