@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return kn.load(folder, cache_dtype="float32")
+    return kn.load(folder, cache_dtype="float32", activations="float32")
 
 
 @pytest.fixture(scope="module")
