@@ -192,8 +192,10 @@ def test_only_isa_cpp_names_the_tables():
 
 @pytest.mark.parametrize("word", CUDA_WORDS)
 def test_words_of_cuda(word):
+    """Inner loops of the CPU may hold the optimiser back by an empty asm."""
     comment = re.compile(r"//.*|/\*.*?\*/")
     users = {path for path in CPP_FILES if re.search(word, comment.sub("", path.read_text()))}
+    users -= set(ISA_FILES) if word == r"\basm\b" else set()
     assert users == {CSRC / "cuda" / name for name in CUDA_WORDS[word]}
 
 

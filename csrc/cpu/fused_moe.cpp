@@ -103,6 +103,11 @@ void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Worksp
   }
 }
 
+// Rows that a thread takes at once: weights that follow each other are read ahead. No sum depends on it.
+int item_rows(int64_t all) {
+  return int(std::clamp<int64_t>(all / (8 * num_threads()), kBlockRows, 4 * kBlockRows)) / kBlockRows * kBlockRows;
+}
+
 }  // namespace
 
 // Experts are added in ascending order, so the sum over K experts has one order whatever the batch is.
@@ -111,15 +116,20 @@ void fused_moe(const FusedMoeParams<float>& p) {
   const Workspace s(p);
   const int active = sort_pairs(p, s);
   quantize(k, s.x, p.T, p.H);
-  const int64_t blocks = (p.I + kBlockRows - 1) / kBlockRows;
-  parallel_for(active * blocks, 1, [&](int64_t item, int64_t) {
-    const int row = int(item % blocks) * kBlockRows;
-    gate_and_up(k, p, s, s.active[item / blocks], row, std::min(kBlockRows, p.I - row));
+  const auto blocks_of = [&](int begin, int end, auto&& body) {
+    for (int row = begin; row < end; row += kBlockRows) body(row, std::min(kBlockRows, end - row));
+  };
+  const int up_rows = item_rows(int64_t(active) * p.I), ranges = (p.I + up_rows - 1) / up_rows;
+  parallel_for(int64_t(active) * ranges, 1, [&](int64_t item, int64_t) {
+    const int begin = int(item % ranges) * up_rows;
+    blocks_of(begin, std::min(p.I, begin + up_rows),
+              [&](int row, int rows) { gate_and_up(k, p, s, s.active[item / ranges], row, rows); });
   });
   quantize(k, s.act, s.offsets[p.E], p.I);
-  parallel_for(p.H, kBlockRows, [&](int64_t begin, int64_t end) {
+  parallel_for(p.H, item_rows(p.H), [&](int64_t begin, int64_t end) {
     for (int t = 0; t < p.T; t++) std::fill(p.out + t * p.out_stride + begin, p.out + t * p.out_stride + end, 0.0f);
-    for (int i = 0; i < active; i++) down_and_add(k, p, s, s.active[i], int(begin), int(end - begin));
+    for (int i = 0; i < active; i++)
+      blocks_of(int(begin), int(end), [&](int row, int rows) { down_and_add(k, p, s, s.active[i], row, rows); });
   });
 }
 

@@ -17,8 +17,8 @@ constexpr int kTileT = 6, kTileRows = 4;
 struct QuantizedKernels {
   size_t (*row_bytes)(int n, int digits);
   void (*quantize)(const float* x, int n, int digits, void* row);
-  // out[t * out_stride + r] = x[t] . w[r], strides as in dot_int4 below. A product has one order, whatever tokens and
-  // rows are.
+  // out[t * out_stride + r] = x[t] . w[r], strides as in dot_int4 below. Sums over groups may have one order for few
+  // tokens and another for more.
   void (*dot)(const void* const* x, int tokens, int digits, const uint8_t* w, int64_t w_stride, const bf16* scale,
               int64_t scale_stride, int rows, int n, float* out, int out_stride);
 };

@@ -21,15 +21,17 @@ from kimi_native import ops
 KINDS = ["bf16", "int4"]
 
 
-def random_experts(on, rng, kind, E, H, width, distinct=None, place=lambda array, i: array):
+def random_experts(on, rng, kind, E, H, width, distinct=None, place=lambda array, i: array, down=None):
     """gate, up, down as (ExpertWeights, float64 matrices); E experts share `distinct` arrays, placed by `place`.
+
+    down: the kind of the third projection, where it is another.
 
     The matrices are what the backend multiplies with: q * scale exact on the CPU, rounded to bf16 on the GPU.
     """
     share = [e % (distinct or E) for e in range(E)]
     both = {}
     for name, n_out, n_in in (("gate", width, H), ("up", width, H), ("down", H, width)):
-        if kind == "bf16":
+        if (down or kind if name == "down" else kind) == "bf16":
             lists = [[normal(rng, n_out, n_in, dtype=BF16, scale=n_in**-0.5) for _ in range(distinct or E)]]
         else:
             lists = list(zip(*(int4(rng, n_out, n_in) for _ in range(distinct or E)), strict=True))
@@ -108,9 +110,23 @@ def test_integer_activations(on, rng, activations, T, H, width):
     out = ops.fused_moe(x, **routes, **experts, activations=activations)
     expected = rounding_reference(x, **routes, **exact, limit=INTEGERS[activations])
     assert np.linalg.norm(out - expected) < SAME_INTEGERS[activations] * np.linalg.norm(expected)
-    for t in range(T):  # bit for bit, alone as among others
+    # bit for bit, wherever among others; alone too while few tokens share an expert
+    backwards = {name: array[::-1].copy() for name, array in routes.items()}
+    assert same_bits(ops.fused_moe(x[::-1].copy(), **backwards, **experts, activations=activations), out[::-1])
+    for t in range(T if T <= 2 else 0):
         one = {name: array[t : t + 1] for name, array in routes.items()}
         assert same_bits(ops.fused_moe(x[t : t + 1], **one, **experts, activations=activations)[0], out[t])
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("activations", INTEGERS)
+@pytest.mark.parametrize("T", [1, 3, 40, 150])
+def test_integer_and_float_projections(on, rng, activations, T):
+    """INT4 gate and up whose rows fill no whole panel, before a bf16 down."""
+    experts, exact = random_experts(on, rng, "int4", 3, 288, 77, down="bf16")
+    x, routes = on.normal(rng, T, 288), random_routes(rng, T, 2, 3)
+    out = ops.fused_moe(x, **routes, **experts, activations=activations)
+    check(on, np.float32(rounded(x, INTEGERS[activations])), routes, exact, out)
 
 
 @pytest.mark.kernels("cpu")

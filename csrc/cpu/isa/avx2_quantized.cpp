@@ -1,9 +1,14 @@
-// Integer products for AVX2. Weights are taken from where they lie, 16 bytes a group: `vpmaddubsw` multiplies the
-// unsigned nibbles q + 8 by signed bytes of x, and 8 d * sum(x) of each group is taken off again.
+// Integer products for AVX2, of weights as they lie in memory. Nibbles q + 8 enter unsigned, and 8 d * sum(x) of each
+// group is taken off again.
 //
-// Inputs go in blocks of 256, eight groups: 32 bytes of weights hold two groups, one in each 128-bit lane, even inputs
-// in the low nibbles. So sums come out as groups 0 2 4 6 in the low lane and 1 3 5 7 in the high one, which is the
-// order of d, c and the scales.
+// Inputs go in blocks of 256, eight groups: 32 bytes of weights hold two groups, one in each 128-bit lane. With bytes
+// of x (`vpmaddubsw`) the nibbles are taken apart into bytes, even inputs and odd ones; with int16 (`vpmaddwd`) into
+// words, inputs by their remainder of 4. x is stored in the order that gives, so one load of it meets one part of the
+// weights.
+//
+// Few tokens multiply 32 bytes of a row at a time and scale the sums of each group, four to a lane, where they are.
+// More tokens share a panel of 16 rows, transposed so that each lane belongs to a row: sums then need no bringing
+// together.
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -11,12 +16,15 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kBlock = 256, kGroups = kBlock / 32, kRows = 4, kTokens = 16;
+constexpr int kBlock = 256, kGroups = kBlock / 32, kBlockBytes = kBlock / 2;
+constexpr int kPanelRows = 16, kPanelTokens = 4, kStripRows = 64, kStripTokens = 16;
 
+// A block of a row of x. With two digits, q holds int16.
 template <int Digits>
 struct Block {
-  int8_t q[Digits][4][2][32];    // [high, low][64 inputs][even, odd]
-  float d[kGroups], c[kGroups];  // c = -8 d sum(q)
+  static constexpr int kParts = 2 * Digits;
+  int8_t q[4][kParts][32];       // [64 inputs][part]
+  float d[kGroups], c[kGroups];  // of groups 0 2 4 6 1 3 5 7, as lanes hold them; c = -8 d sum(q)
 };
 
 int blocks_of(int n) { return (n + kBlock - 1) / kBlock; }
@@ -24,16 +32,8 @@ int blocks_of(int n) { return (n + kBlock - 1) / kBlock; }
 size_t row_bytes(int n, int digits) { return blocks_of(n) * (digits == 1 ? sizeof(Block<1>) : sizeof(Block<2>)); }
 
 __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
-
-// 32 integers of int16 size to bytes: the even ones, then the odd ones, 16 each.
-__m256i bytes_of(const __m256i (&v)[4]) {
-  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-  const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  const __m256i split =
-      _mm256_shuffle_epi8(ordered, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8,
-                                                    10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-  return _mm256_permute4x64_epi64(split, 0xd8);
-}
+__m128i load_half(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
+void store_half(void* at, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(at), v); }
 
 int sum_of(__m256i v) {
   __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -51,6 +51,34 @@ unsigned largest_bits(const __m256 (&x)[4]) {
   return unsigned(_mm_cvtsi128_si32(_mm_max_epu32(a, _mm_shuffle_epi32(a, 0xb1))));
 }
 
+// 32 integers to the half of each part of a block that begins at `half`.
+void store_group(const __m256i (&v)[4], int8_t (&q)[2][32], int half) {
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i split =
+      _mm256_shuffle_epi8(ordered, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8,
+                                                    10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  const __m256i parts = _mm256_permute4x64_epi64(split, 0xd8);
+  store_half(q[0] + half, _mm256_castsi256_si128(parts)), store_half(q[1] + half, _mm256_extracti128_si256(parts, 1));
+}
+
+void store_group(const __m256i (&v)[4], int8_t (&q)[4][32], int half) {
+  __m128i first[2], second[2];  // parts 0 and 1, parts 2 and 3 of 16 inputs each
+  for (int i = 0; i < 2; i++) {
+    const __m256i packed = _mm256_packs_epi32(v[2 * i], v[2 * i + 1]);  // inputs 0-3 8-11 | 4-7 12-15
+    const __m256i pairs = _mm256_shuffle_epi8(                          // 0 8 1 9 2 10 3 11 | 4 12 5 13 6 14 7 15
+        packed, _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0, 1, 8, 9, 2, 3, 10, 11, 4, 5,
+                                 12, 13, 6, 7, 14, 15));
+    const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+    first[i] = _mm_unpacklo_epi16(low, high), second[i] = _mm_unpackhi_epi16(low, high);
+  }
+  store_half(q[0] + half, _mm_unpacklo_epi64(first[0], first[1]));
+  store_half(q[1] + half, _mm_unpackhi_epi64(first[0], first[1]));
+  store_half(q[2] + half, _mm_unpacklo_epi64(second[0], second[1]));
+  store_half(q[3] + half, _mm_unpackhi_epi64(second[0], second[1]));
+}
+
+// Group g of a block: x = d * q.
 template <int Digits>
 void quantize_group(const float* x, int g, Block<Digits>& block) {
   constexpr float kLimit = Digits == 1 ? 127 : 16319;
@@ -67,20 +95,7 @@ void quantize_group(const float* x, int g, Block<Digits>& block) {
     q[i] = _mm256_and_si256(_mm256_cvtps_epi32(_mm256_mul_ps(v[i], factor)), keep);
     sum = _mm256_add_epi32(sum, q[i]);
   }
-  if constexpr (Digits == 2) {
-    __m256i low[4];
-    for (int i = 0; i < 4; i++) {
-      const __m256i high = _mm256_srai_epi32(_mm256_add_epi32(q[i], _mm256_set1_epi32(64)), 7);
-      low[i] = _mm256_sub_epi32(q[i], _mm256_slli_epi32(high, 7));
-      q[i] = high;
-    }
-    const __m256i b = bytes_of(low);
-    _mm256_storeu2_m128i(reinterpret_cast<__m128i*>(&block.q[1][g / 2][1][g % 2 * 16]),
-                         reinterpret_cast<__m128i*>(&block.q[1][g / 2][0][g % 2 * 16]), b);
-  }
-  const __m256i b = bytes_of(q);
-  _mm256_storeu2_m128i(reinterpret_cast<__m128i*>(&block.q[0][g / 2][1][g % 2 * 16]),
-                       reinterpret_cast<__m128i*>(&block.q[0][g / 2][0][g % 2 * 16]), b);
+  store_group(q, block.q[g / 2], g % 2 * 16);
   const float d = !finite ? __builtin_nanf("") : zero ? 0 : largest / kLimit;
   const int at = g / 2 + g % 2 * 4;
   block.d[at] = d, block.c[at] = -8 * d * float(sum_of(sum));
@@ -99,52 +114,32 @@ void quantize(const float* x, int n, int digits, void* row) {
   quantize_row(x, n, static_cast<Block<2>*>(row));
 }
 
-// A block of a row of weights as bytes.
-struct Weights {
-  __m256i q[4][2];
-  __m256 scale;
+// What one and two digits do differently.
+template <int Digits>
+struct Integers;
 
-  Weights(const uint8_t* w, const bf16* s) {
+template <>
+struct Integers<1> {
+  static void unpack(__m256i w, __m256i (&parts)[2]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const __m256i v = load(w + 32 * j);
-      q[j][0] = _mm256_and_si256(v, nibble);
-      q[j][1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
-    }
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s));
-    const __m128i even = _mm_slli_epi32(v, 16), odd = _mm_and_si128(v, _mm_set1_epi32(int(0xffff0000)));
-    scale = _mm256_castsi256_ps(_mm256_set_m128i(odd, even));
+    parts[0] = _mm256_and_si256(w, nibble), parts[1] = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
   }
+  static __m256i multiply(__m256i w, __m256i x) { return _mm256_maddubs_epi16(w, x); }
+  static __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }  // 16 products of 15 * 127 fit
+  static __m256i to_int32(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
-// The sums of eight groups, exact: 8, 16 and then 32 products of at most 15 * 127, the first two of which fit int16.
-__m256i products(const Weights& w, const int8_t (&x)[4][2][32]) {
-  const __m256i one = _mm256_set1_epi16(1);
-  __m256i v[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++)
-    v[j] = _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(w.q[j][0], load(x[j][0])),
-                                              _mm256_maddubs_epi16(w.q[j][1], load(x[j][1]))),
-                             one);
-  const __m256i a = _mm256_madd_epi16(_mm256_packs_epi32(v[0], v[1]), one);
-  const __m256i b = _mm256_madd_epi16(_mm256_packs_epi32(v[2], v[3]), one);
-  return _mm256_madd_epi16(_mm256_packs_epi32(a, b), one);
-}
-
-template <int Digits>
-__m256 add_block(const Weights& w, const Block<Digits>& x, __m256 sum) {
-  __m256i p = products(w, x.q[0]);
-  if constexpr (Digits == 2) p = _mm256_add_epi32(_mm256_slli_epi32(p, 7), products(w, x.q[1]));
-  const __m256 scaled = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p), _mm256_loadu_ps(x.d), _mm256_loadu_ps(x.c));
-  return _mm256_fmadd_ps(w.scale, scaled, sum);
-}
-
-float sum_lanes(__m256 v) {
-  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
-}
+template <>
+struct Integers<2> {
+  static void unpack(__m256i w, __m256i (&parts)[4]) {
+    const __m256i nibble = _mm256_set1_epi16(15);
+    parts[0] = _mm256_and_si256(w, nibble), parts[1] = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+    parts[2] = _mm256_and_si256(_mm256_srli_epi16(w, 8), nibble), parts[3] = _mm256_srli_epi16(w, 12);
+  }
+  static __m256i multiply(__m256i w, __m256i x) { return _mm256_madd_epi16(w, x); }
+  static __m256i add(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+  static __m256i to_int32(__m256i sum) { return sum; }
+};
 
 struct Matrix {
   const uint8_t* w;
@@ -154,66 +149,250 @@ struct Matrix {
   int n;
 
   Matrix skip(int r) const { return {w + r * w_stride, w_stride, scale + r * scale_stride, scale_stride, n}; }
-  // Block b of row r. The last one may be cut off by the end of the row: what is missing counts as zeros.
-  Weights block(int r, int b) const {
-    const uint8_t* packed = w + r * w_stride + b * (kBlock / 2);
-    const bf16* scales = scale + r * scale_stride + b * kGroups;
-    const int groups = n / 32 - b * kGroups;
-    return groups < kGroups ? cut(packed, scales, groups) : Weights(packed, scales);
-  }
+  const uint8_t* packed(int r, int b) const { return w + r * w_stride + b * kBlockBytes; }
+  const bf16* scales(int r, int b) const { return scale + r * scale_stride + b * kGroups; }
+};
 
-  __attribute__((noinline)) static Weights cut(const uint8_t* w, const bf16* s, int groups) {
-    uint8_t packed[kBlock / 2] = {};
-    bf16 scales[kGroups] = {};
-    __builtin_memcpy(packed, w, groups * 16), __builtin_memcpy(scales, s, groups * sizeof(bf16));
-    return Weights(packed, scales);
+// Asks for weights one group of rows ahead of their reading. The rows of a group lie one after the other, so whatever
+// the order within a group is, memory is read from front to back.
+struct Prefetch {
+  const uint8_t *w, *scale;
+  int blocks = 0;
+  int due = 0;  // blocks of rows that have been read and not been replaced by others asked for
+
+  Prefetch(const Matrix& m, int rows)
+      : w(m.packed(rows, 0) + 2048), scale(reinterpret_cast<const uint8_t*>(m.scales(rows, 0)) + 256) {}
+
+  void next_block() {
+    _mm_prefetch(w, _MM_HINT_T0), _mm_prefetch(w + 64, _MM_HINT_T0);
+    w += kBlockBytes;
+    if (blocks++ % 4 == 0) _mm_prefetch(scale, _MM_HINT_T0), scale += 64;
   }
 };
 
-// One token: sums stay in registers, and what the next rows of weights will need is asked for ahead.
-template <int Digits>
-void dot_one(const Block<Digits>* x, const Matrix& m, int rows, float* out) {
-  constexpr int kAhead = 1024;  // bytes
-  __m256 sum[kRows];
-  for (auto& s : sum) s = _mm256_setzero_ps();
-  for (int b = 0; b < blocks_of(m.n); b++)
-    for (int r = 0; r < rows; r++) {
-      const uint8_t* ahead = m.w + r * m.w_stride + b * (kBlock / 2) + kAhead;
-      _mm_prefetch(ahead, _MM_HINT_T0), _mm_prefetch(ahead + 64, _MM_HINT_T0);
-      sum[r] = add_block(m.block(r, b), x[b], sum[r]);
-    }
-  for (int r = 0; r < rows; r++) out[r] = sum_lanes(sum[r]);
+// A block that the end of the row cuts off, filled up with zeros.
+struct LastBlock {
+  uint8_t w[kBlockBytes] = {};
+  bf16 scale[kGroups] = {};
+
+  LastBlock(const Matrix& m, int r, int b) {
+    const int groups = m.n / 32 - b * kGroups;
+    __builtin_memcpy(w, m.packed(r, b), groups * 16), __builtin_memcpy(scale, m.scales(r, b), groups * sizeof(bf16));
+  }
+};
+
+float sum_lanes(__m256 v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
 
-// Up to kTokens tokens: a block of weights is unpacked once for all of them, sums pass through the L1 cache.
-template <int Digits>
-void dot_some(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
-  __m256 sum[kTokens][kRows];
-  for (int t = 0; t < tokens; t++)
-    for (auto& s : sum[t]) s = _mm256_setzero_ps();
-  for (int b = 0; b < blocks_of(m.n); b++)
-    for (int r = 0; r < rows; r++) {
-      const Weights w = m.block(r, b);
-      for (int t = 0; t < tokens; t++) sum[t][r] = add_block(w, x[t][b], sum[t][r]);
-    }
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) out[t * out_stride + r] = sum_lanes(sum[t][r]);
+// Adds the products of 64 inputs, J of 4, to sum. scale holds weight scale * d.
+template <int Digits, int Tokens, int J>
+[[gnu::always_inline]] inline void add_pair(const uint8_t* w, const Block<Digits>* const* x, int b,
+                                            const __m256 (&scale)[Tokens], __m256 (&sum)[Tokens]) {
+  using I = Integers<Digits>;
+  __m256i part[2 * Digits];
+  I::unpack(load(w + 32 * J), part);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; t++) {
+    const auto& q = x[t][b].q[J];
+    __m256i p = I::add(I::multiply(part[0], load(q[0])), I::multiply(part[1], load(q[1])));
+    if constexpr (Digits == 2)
+      p = I::add(p, I::add(I::multiply(part[2], load(q[2])), I::multiply(part[3], load(q[3]))));
+    sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(I::to_int32(p)), _mm256_permute_ps(scale[t], J * 0x55), sum[t]);
+  }
+}
+
+// sum[t] += block b of x[t] . a block of weights
+template <int Digits, int Tokens>
+[[gnu::always_inline]] inline void add_block(const uint8_t* w, const bf16* scales, const Block<Digits>* const* x, int b,
+                                             __m256 (&sum)[Tokens]) {
+  const __m128i s = load_half(scales);
+  const __m256 scale =
+      _mm256_castsi256_ps(_mm256_set_m128i(_mm_and_si128(s, _mm_set1_epi32(int(0xffff0000))), _mm_slli_epi32(s, 16)));
+  __m256 scaled[Tokens], odd[Tokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; t++) {
+    scaled[t] = _mm256_mul_ps(scale, _mm256_loadu_ps(x[t][b].d));
+    sum[t] = _mm256_fmadd_ps(scale, _mm256_loadu_ps(x[t][b].c), sum[t]);
+    odd[t] = _mm256_setzero_ps();  // two chains of additions: with one, a single token waits for them
+  }
+  add_pair<Digits, Tokens, 0>(w, x, b, scaled, sum), add_pair<Digits, Tokens, 1>(w, x, b, scaled, odd);
+  add_pair<Digits, Tokens, 2>(w, x, b, scaled, sum), add_pair<Digits, Tokens, 3>(w, x, b, scaled, odd);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; t++) sum[t] = _mm256_add_ps(sum[t], odd[t]);
+}
+
+// A few rows at a time, so that blocks of several tokens stay in the L1 cache; one token reads row after row.
+template <int Digits, int Tokens>
+void dot_rows(const Block<Digits>* const* x, const Matrix& m, int rows, float* out, int out_stride) {
+  constexpr int kRows = Tokens == 1 ? 1 : 4;
+  const int whole = m.n / kBlock, blocks = blocks_of(m.n);
+  Prefetch ahead(m, kRows);
+  for (int first = 0; first < rows; first += kRows) {
+    const int few = rows - first < kRows ? rows - first : kRows;
+    __m256 sum[kRows][Tokens];
+    for (auto& row : sum)
+      for (auto& s : row) s = _mm256_setzero_ps();
+    for (int b = 0; b < whole; b++)
+      for (int r = 0; r < few; r++) {
+        ahead.next_block();
+        add_block<Digits, Tokens>(m.packed(first + r, b), m.scales(first + r, b), x, b, sum[r]);
+      }
+    if (whole < blocks)
+      for (int r = 0; r < few; r++) {
+        const LastBlock last(m, first + r, whole);
+        add_block<Digits, Tokens>(last.w, last.scale, x, whole, sum[r]);
+      }
+    for (int r = 0; r < few; r++)
+      for (int t = 0; t < Tokens; t++) out[t * out_stride + first + r] = sum_lanes(sum[r][t]);
+  }
 }
 
 template <int Digits>
-void dot_all(const void* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
-  for (int t = 0; t < tokens; t += kTokens)
-    for (int r = 0; r < rows; r += kRows) {
-      const int some = tokens - t < kTokens ? tokens - t : kTokens, few = rows - r < kRows ? rows - r : kRows;
-      const auto* const* rows_of_x = reinterpret_cast<const Block<Digits>* const*>(x) + t;
-      float* to = out + t * out_stride + r;
-      if (some > 1)
-        dot_some(rows_of_x, some, m.skip(r), few, to, out_stride);
-      else if (few == kRows)
-        dot_one(*rows_of_x, m.skip(r), kRows, to);
-      else
-        dot_one(*rows_of_x, m.skip(r), few, to);
+void dot_few(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  if (tokens == 1) return dot_rows<Digits, 1>(x, m, rows, out, out_stride);
+  if (tokens == 2) return dot_rows<Digits, 2>(x, m, rows, out, out_stride);
+  if (tokens == 3) return dot_rows<Digits, 3>(x, m, rows, out, out_stride);
+  dot_rows<Digits, 4>(x, m, rows, out, out_stride);
+  if (tokens > 4) dot_few(x + 4, tokens - 4, m, rows, out + 4 * out_stride, out_stride);
+}
+
+// 16 rows of a block of weights, taken apart, lane r of each pair of vectors belongs to row r.
+template <int Digits>
+struct Panel {
+  uint8_t q[kGroups][4][2 * Digits][2][32];  // [group][8 inputs][part][rows]: 4 bytes a row, of 4 or 2 inputs
+  float scale[kGroups][2][8];
+
+  // Eight rows: w[r] and s[r] are where row r has its block.
+  void fill(const uint8_t* const* w, const bf16* const* s, int half) {
+    for (int i = 0; i < kGroups; i++) {  // the 16 bytes of a group in each row
+      __m256i v[4], u[4];
+      for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(load_half(w[r + 4] + 16 * i), load_half(w[r] + 16 * i));
+      for (int r = 0; r < 2; r++) {
+        u[r] = _mm256_unpacklo_epi32(v[2 * r], v[2 * r + 1]);
+        u[r + 2] = _mm256_unpackhi_epi32(v[2 * r], v[2 * r + 1]);
+      }
+      for (int j = 0; j < 2; j++) {
+        v[2 * j] = _mm256_unpacklo_epi64(u[2 * j], u[2 * j + 1]);
+        v[2 * j + 1] = _mm256_unpackhi_epi64(u[2 * j], u[2 * j + 1]);
+      }
+      for (int j = 0; j < 4; j++) {
+        __m256i part[2 * Digits];
+        Integers<Digits>::unpack(v[j], part);
+        for (int p = 0; p < 2 * Digits; p++) _mm256_store_si256(reinterpret_cast<__m256i*>(q[i][j][p][half]), part[p]);
+      }
     }
+    __m256i v[4], u[4];
+    for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(load_half(s[r + 4]), load_half(s[r]));
+    for (int r = 0; r < 2; r++) {
+      u[r] = _mm256_unpacklo_epi16(v[2 * r], v[2 * r + 1]);
+      u[r + 2] = _mm256_unpackhi_epi16(v[2 * r], v[2 * r + 1]);
+    }
+    for (int j = 0; j < 2; j++) {
+      v[2 * j] = _mm256_unpacklo_epi32(u[2 * j], u[2 * j + 1]);
+      v[2 * j + 1] = _mm256_unpackhi_epi32(u[2 * j], u[2 * j + 1]);
+    }
+    const __m256i zero = _mm256_setzero_si256();
+    for (int j = 0; j < 4; j++) {
+      _mm256_store_ps(scale[2 * j][half], _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, v[j])));
+      _mm256_store_ps(scale[2 * j + 1][half], _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, v[j])));
+    }
+  }
+
+  // Block b of rows [r, r + 16)
+  void load_rows(const Matrix& m, int r, int b) {
+    const uint8_t* w[kPanelRows];
+    const bf16* s[kPanelRows];
+    for (int i = 0; i < kPanelRows; i++) {
+      w[i] = m.packed(r + i, b), s[i] = m.scales(r + i, b);
+    }
+    fill(w, s, 0), fill(w + 8, s + 8, 1);
+  }
+
+  // out[t][0..16) += block b of x[t] . the rows
+  template <int Tokens>
+  [[gnu::noinline]] void multiply(const Block<Digits>* const* x, int b, float* out, int out_stride,
+                                  Prefetch& ahead) const {
+    using I = Integers<Digits>;
+    const Block<Digits>* block[Tokens];
+    for (int t = 0; t < Tokens; t++) block[t] = x[t] + b;
+    for (int g = 0; g < kGroups; g++) {
+      for (int i = 0; i < 2 && ahead.due > 0; i++, ahead.due--) ahead.next_block();  // a few at a time
+      const int8_t* in[Tokens];
+      for (int t = 0; t < Tokens; t++) in[t] = &block[t]->q[g / 2][0][g % 2 * 16];
+      const uint8_t* w = q[g][0][0][0];
+      __m256i sum[Tokens][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < 8 * Digits; i++) {
+        const int j = i / (2 * Digits), p = i % (2 * Digits);
+        const __m256i first = load(w + 64 * i), second = load(w + 64 * i + 32);
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; t++) {
+          int four;
+          __builtin_memcpy(&four, in[t] + 32 * p + 4 * j, 4);
+          const __m256i bytes = _mm256_set1_epi32(four);
+          const __m256i a = I::multiply(first, bytes), c = I::multiply(second, bytes);
+          sum[t][0] = i ? I::add(sum[t][0], a) : a, sum[t][1] = i ? I::add(sum[t][1], c) : c;
+          asm("" : "+x"(sum[t][0]), "+x"(sum[t][1]));  // or the compiler reorders the sums and spills them
+        }
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < Tokens; t++) {
+        const int at = g / 2 + g % 2 * 4;
+        const __m256 d = _mm256_broadcast_ss(&block[t]->d[at]), c = _mm256_broadcast_ss(&block[t]->c[at]);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          float* to = out + t * out_stride + 8 * h;
+          const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(I::to_int32(sum[t][h])), d, c);
+          _mm256_storeu_ps(to, _mm256_fmadd_ps(product, _mm256_load_ps(scale[g][h]), _mm256_loadu_ps(to)));
+        }
+      }
+    }
+  }
+};
+
+// A strip of rows at a time, block after block. Many tokens have too many blocks of x for the cache: they are used for
+// four panels while they are near. Fewer leave memory the bound, and a strip of one panel asks for the least at a time.
+template <int Digits>
+void dot_panels(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  alignas(64) Panel<Digits> panel;
+  for (int t = 0; t < tokens; t++) __builtin_memset(out + t * out_stride, 0, rows * sizeof(float));
+  const int strip = tokens <= kStripTokens ? kPanelRows : kStripRows;
+  Prefetch ahead(m, strip);
+  for (int first = 0; first < rows; first += strip)
+    for (int b = 0; b < blocks_of(m.n); b++)
+      for (int r = first; r < rows && r < first + strip; r += kPanelRows) {
+        if (b < m.n / kBlock) {
+          panel.load_rows(m, r, b);
+        } else {
+          for (int half = 0; half < 2; half++) {
+            const auto row = [&](int i) { return LastBlock(m, r + 8 * half + i, b); };
+            const LastBlock last[] = {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+            const uint8_t* w[8];
+            const bf16* s[8];
+            for (int i = 0; i < 8; i++) w[i] = last[i].w, s[i] = last[i].scale;
+            panel.fill(w, s, half);
+          }
+        }
+        ahead.due += kPanelRows;
+        int t = 0;
+        for (; t + kPanelTokens <= tokens; t += kPanelTokens)
+          panel.template multiply<kPanelTokens>(x + t, b, out + t * out_stride + r, out_stride, ahead);
+        if (tokens - t == 3) panel.template multiply<3>(x + t, b, out + t * out_stride + r, out_stride, ahead);
+        if (tokens - t == 2) panel.template multiply<2>(x + t, b, out + t * out_stride + r, out_stride, ahead);
+        if (tokens - t == 1) panel.template multiply<1>(x + t, b, out + t * out_stride + r, out_stride, ahead);
+      }
+}
+
+template <int Digits>
+void dot_all(const void* const* rows_of_x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  constexpr int kFew = 2 * Digits;  // tokens for which a panel is not worth its making
+  const auto* const* x = reinterpret_cast<const Block<Digits>* const*>(rows_of_x);
+  const int panels = tokens > kFew ? rows / kPanelRows * kPanelRows : 0;
+  if (panels) dot_panels(x, tokens, m, panels, out, out_stride);
+  if (panels < rows) dot_few(x, tokens, m.skip(panels), rows - panels, out + panels, out_stride);
 }
 
 void dot(const void* const* x, int tokens, int digits, const uint8_t* w, int64_t w_stride, const bf16* scale,
