@@ -46,7 +46,9 @@ def run_experts(harness, rng, cases, E, intermediate):
                 bytes_moved=touched * weights_per_expert * shapes.BYTES_INT4,
                 operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
                 baseline=numpy_layer if activations == "int16" else None,
-                cpu_peers=lambda x=x, weights=weights, ids=ids: others.calls(x, weights, ids),
+                cpu_peers=lambda x=x, weights=weights, ids=ids, activations=activations: others.calls(
+                    x, weights, ids, exact=activations == "float32"
+                ),
             )
 
 

@@ -4,7 +4,7 @@ from itertools import groupby
 
 from kimi_native import ops
 
-from bench import baseline, shapes
+from bench import baseline, cpu_peers, shapes
 
 
 def bench(harness):
@@ -20,4 +20,5 @@ def bench(harness):
                 bytes_moved=x.nbytes + n_out * n_in * shapes.BYTES_INT4 + out.nbytes,
                 operations=2 * T * n_out * n_in,
                 baseline=lambda x=x, weight=weight: baseline.gemm_int4(x, *weight),
+                cpu_peers=lambda x=x, weight=weight: cpu_peers.gemm_int4(x, *weight),
             )

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from bench import ggml
 
-PACKAGES = ("ik-llama-cpp-python",)
+PACKAGES = ("ik-llama-cpp-python", "onnxruntime")
+ONNX_ACCURACY = {"onnxruntime i8": 4, "onnxruntime f32": 1}
 
 
 def versions() -> dict[str, str | None]:
@@ -21,19 +22,38 @@ def _version(name: str) -> str | None:
         return None
 
 
+def onnx_experts():
+    """bench.onnx_experts, or None."""
+    try:
+        from bench import onnx_experts
+    except ImportError:
+        return None
+    return onnx_experts
+
+
 class Experts:
-    """The routed experts of a layer in each peer's own layout, converted when they are first asked for."""
+    """The routed experts of a layer, in ik_llama.cpp's layout when they are first asked for."""
 
     def __init__(self, arrays):
         """arrays: of each expert gate, up and down, each (packed, scale)."""
         self._arrays, self._ik = arrays, None
 
-    def calls(self, x, topk_weights, topk_ids):
-        found = {}
-        if ggml.library():
+    def calls(self, x, topk_weights, topk_ids, exact: bool):
+        """exact: those that leave activations float32, else those that round them."""
+        case, found = (x, topk_weights, topk_ids), {}
+        if ggml.library() and not exact:
             self._ik = self._ik or ggml.Experts(self._arrays)
-            found["ik_llama.cpp"] = self._ik.call(x, topk_weights, topk_ids)
+            found["ik_llama.cpp"] = self._ik.call(*case)
+        if onnx_experts():
+            name = "onnxruntime f32" if exact else "onnxruntime i8"
+            found[name] = onnx_experts().experts(*case, self._arrays, ONNX_ACCURACY[name])
         return found
+
+
+def gemm_int4(x, packed, scale):
+    if not onnx_experts():
+        return {}
+    return {name: onnx_experts().gemm_int4(x, packed, scale, level) for name, level in ONNX_ACCURACY.items()}
 
 
 def mla_decode(q, cache, page_table, value_width, scale):
