@@ -31,6 +31,17 @@ def onnx_experts():
     return onnx_experts
 
 
+def ik_model():
+    """bench.ik_model, or None without ik_llama.cpp or gguf, which writes its file."""
+    try:
+        import gguf  # noqa: F401
+
+        from bench import ik_model
+    except ImportError:
+        return None
+    return ik_model
+
+
 class Experts:
     """The routed experts of a layer, in ik_llama.cpp's layout when they are first asked for."""
 
