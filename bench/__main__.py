@@ -13,6 +13,10 @@ One line a case:
   vs baseline  how many times faster than the same maths in NumPy on the same stored arrays (bf16 or packed INT4,
                converted to float32 as part of the work)
 
+With --peers, fused_moe, gemm_int4, mla_decode and generate run others' code on the same weights too, each package of
+the extra `bench` that is installed. Calls alternate with ours. A peer has a line of its own below ours, its name in the
+place of isa; its last column says how many times faster we are and how far apart the results (norm of the difference).
+
 With --device cuda: CuPy arrays on the current GPU, activations in bf16, the shapes of the full model. Other columns:
 
   cold         median of the repeats: a CUDA graph of one call, timed by events, nothing of the case in the L2 cache
@@ -40,6 +44,7 @@ EXAMPLES = """examples:
   python -m bench                            every benchmark, about four minutes on two cores, 2.5 GB of memory
   python -m bench fused_moe gemm_int4        two of them
   python -m bench --quick                    all, fewer repeats
+  python -m bench fused_moe --peers          beside others' code
   python -m bench mla_decode --isa avx2      with the kernels of another instruction set
   python -m bench --device cuda              every benchmark on the GPU, meant for six minutes of an H100 and 45 GB
   python -m bench --device cuda --quick      a few cases of each
@@ -60,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays lie (default: cpu)")
     add("--isa", metavar="NAME", help="instruction set of the kernels (default: the best this chip has)")
     add("--threads", type=int, metavar="N", help="threads of the kernels, of the roof and of NumPy's BLAS")
+    add("--peers", action="store_true", help="time installed peers as well; on a GPU always")
     add("--quick", action="store_true", help="fewer repeats, on a GPU fewer cases")
     add("--list", action="store_true", help="print the names and stop")
     return parser
@@ -100,11 +106,12 @@ def configure(isa: str | None, threads: int | None) -> None:
 
 def harness_for(args):
     if args.device == "cuda":
-        from bench.gpu import GpuHarness as Harness
-    else:
-        from bench.harness import Harness
+        from bench.gpu import GpuHarness
 
-    return Harness(quick=args.quick, json_lines=args.json)
+        return GpuHarness(quick=args.quick, json_lines=args.json)
+    from bench.harness import Harness
+
+    return Harness(quick=args.quick, json_lines=args.json, peers=args.peers)
 
 
 def run(modules, harness) -> None:

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 from kimi_native import ops
 
-from bench import baseline, shapes
+from bench import baseline, cpu_peers, shapes
 
 
 def bench(harness):
@@ -22,6 +22,7 @@ def run_experts(harness, rng, cases, E, intermediate):
     if not harness.room_for("fused_moe", f"E={E} I={intermediate}", 1.2 * E * weights_per_expert * shapes.BYTES_INT4):
         return
     arrays, projections = random_layer(harness, rng, E, intermediate)
+    others = cpu_peers.Experts(arrays)
     for case in cases:
         ids = shapes.routed_ids(shapes.rng(), case.T, E, case.routing)
         x = harness.arrays.normal(rng, case.T, shapes.HIDDEN)
@@ -32,7 +33,7 @@ def run_experts(harness, rng, cases, E, intermediate):
         for activations in ("float32",) if harness.cuda else ("int16", "int8", "float32"):
 
             def fused_moe(x=x, placed=placed, out=out, activations=activations):
-                ops.fused_moe(x, *placed, *projections, out=out, activations=activations)
+                return ops.fused_moe(x, *placed, *projections, out=out, activations=activations)
 
             def numpy_layer(x=x, weights=weights, ids=ids):
                 numpy_fused_moe(x, weights, ids, arrays)
@@ -45,6 +46,9 @@ def run_experts(harness, rng, cases, E, intermediate):
                 bytes_moved=touched * weights_per_expert * shapes.BYTES_INT4,
                 operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
                 baseline=numpy_layer if activations == "int16" else None,
+                cpu_peers=lambda x=x, weights=weights, ids=ids, activations=activations: others.calls(
+                    x, weights, ids, exact=activations == "float32"
+                ),
             )
 
 

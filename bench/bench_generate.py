@@ -3,19 +3,26 @@
 The model has every part of the real one in small (3 layers, a few MB) and stays in the caches, so this measures what
 lies between the kernels: Python, small ops, the cache, the sampler. It runs in a fresh process, so that the peak memory
 is its own.
+
+With peers, the preset "small" beside ik_llama.cpp, in turns, with the same weights; writing them takes a minute.
 """
 
 import dataclasses
 import multiprocessing
+import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from kimi_native import ops
 
-from bench import shapes
+from bench import cpu_peers, shapes
+from bench.harness import SPINNING
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
+LONG_CONTEXT, BURST = 4096, 16  # tokens; those decoded in a row before it is the other's turn
 
 
 def bench(harness):
@@ -37,6 +44,90 @@ def bench(harness):
         tokens=NEW_TOKENS - 1,  # the first one comes out of the prefill
         note=note,
     )
+    if not harness.cuda and harness.peers and cpu_peers.ik_model():
+        compare(harness)
+
+
+def compare(harness):
+    from kimi_native import load
+    from kimi_native.make_tiny import make_tiny
+
+    from bench import gguf_file
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, file = Path(name) / "small", Path(name) / "small.gguf"
+        make_tiny(folder, "small")
+        gguf_file.write(folder, file)
+        room = LONG_CONTEXT + 32 * BURST
+        theirs = cpu_peers.ik_model().IkModel(file, room)
+        for activations in ("int16", "int8"):
+            take_turns(harness, activations, OurModel(load(folder, activations=activations), room), theirs)
+
+
+class OurModel:
+    """One sequence, as bench.ik_model has it."""
+
+    def __init__(self, model, max_tokens: int):
+        self._model, self._cache = model, model.new_cache(max_tokens)
+
+    def clear(self) -> None:
+        self._cache.truncate(0)
+
+    def forward(self, token_ids):
+        return self._model.forward(token_ids, self._cache, last_only=True)[0]
+
+
+def take_turns(harness, activations, *engines):
+    """engines: ours, then ik_llama.cpp. Both get the same random tokens."""
+    rounds = 3 if harness.quick else 9
+    tokens = shapes.rng().integers(0, 16384, LONG_CONTEXT + (rounds + 1) * BURST).tolist()
+    prompt, chunks = tokens[:PROMPT_TOKENS], range(0, LONG_CONTEXT, PROMPT_TOKENS)
+
+    def prefill(engine, turn):
+        engine.clear()
+        return [timed(engine, prompt)]
+
+    def decode_from_empty(engine, turn):
+        engine.clear()
+        return [timed(engine, [token]) for token in tokens[:BURST]]
+
+    def decode(engine, turn):
+        if turn == 0:
+            engine.clear()
+            for start in chunks:
+                engine.forward(tokens[start : start + PROMPT_TOKENS])
+        start = LONG_CONTEXT + turn * BURST
+        return [timed(engine, [token]) for token in tokens[start : start + BURST]]
+
+    for what, per_call, run in (
+        (f"prefill T={PROMPT_TOKENS}", PROMPT_TOKENS, prefill),
+        ("decode after 0", 1, decode_from_empty),
+        (f"decode after {LONG_CONTEXT}", 1, decode),
+    ):
+        calls = [[], []]
+        for turn in range(rounds + 1):
+            for engine, measured in zip(engines, calls, strict=True):
+                time.sleep(SPINNING)
+                new = run(engine, turn)
+                measured += new if turn else []
+        ours, theirs = ([seconds for seconds, _ in engine] for engine in calls)
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        cosine = statistics.median(cosine_of(a, b) for (_, a), (_, b) in zip(*calls, strict=True))
+        case = f"small {what} {activations}"
+        harness.report("generate", case, ours, tokens=per_call)
+        note = f"ours {ratio:.2f}x, cosine of logits {cosine:.4f}"
+        harness.report("generate", case, theirs, tokens=per_call, engine="ik_llama.cpp", note=note)
+
+
+def timed(engine, token_ids):
+    """(seconds, logits)"""
+    started = time.perf_counter()
+    logits = engine.forward(token_ids)
+    return time.perf_counter() - started, logits
+
+
+def cosine_of(a, b) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def measure(folder: Path, repeats: int, isa: str, threads: int, device: dict[str, str]):

@@ -3,7 +3,7 @@
 import numpy as np
 from kimi_native import ops
 
-from bench import baseline, shapes
+from bench import baseline, cpu_peers, shapes
 
 
 def bench(harness):
@@ -30,6 +30,7 @@ def run(harness, rng, case):
         bytes_moved=read * width * shapes.BYTES_BF16 + q.nbytes + q.nbytes // width * C,
         operations=2 * pairs * N * (width + C),
         baseline=lambda: numpy_mla_decode(q, cache, page_table),
+        cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == 1 else None,
     )
 
 

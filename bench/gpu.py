@@ -97,9 +97,18 @@ class GpuHarness:
         peers_module.release()
 
     def run(
-        self, op: str, case: str, call, *, bytes_moved: float = 0, operations: float = 0, baseline=None, peers=None
+        self,
+        op: str,
+        case: str,
+        call,
+        *,
+        bytes_moved: float = 0,
+        operations: float = 0,
+        baseline=None,
+        peers=None,
+        cpu_peers=None,
     ) -> None:
-        """Time `call` and print the line, and that of a call that fails. baseline: for the CPU's harness.
+        """Time `call` and print the line, and that of a call that fails. baseline, cpu_peers: for the CPU's harness.
 
         peers: a function that returns {name: call or None for one that is not installed} of the same maths by others.
         """

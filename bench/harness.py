@@ -4,7 +4,8 @@ What a time contains: one call of the public function from Python with its check
 given and has been written before; the others allocate their result, as in use. Before each call our own matrix-vector
 product reads a buffer of three times the last-level cache on all threads: nothing of the case is left in a cache,
 neither activations nor code, and the workers of the pool have not gone to sleep. The way from Python to the kernel
-through cold caches takes tens of microseconds, most of what the cases with one token and no matrix show.
+through cold caches takes tens of microseconds, most of what the cases with one token and no matrix show. Peers take
+turns with ours, call by call, so that all of them see the same minute of the machine.
 """
 
 import datetime
@@ -19,14 +20,18 @@ import numpy as np
 from kimi_native import ops
 from ml_dtypes import bfloat16
 
+from bench import cpu_peers
 from bench.arrays import Host
 from bench.roofline import Roof, last_level_cache
 
-COLUMNS = "{:23}{:32}{:8}{:>10}  {:>6}  {:34}{:>7}  {}"
+COLUMNS = "{:23}{:32}{:17}{:>10}  {:>6}  {:34}{:>7}  {}"
+
+SPINNING = 0.02  # seconds for which the threads of OpenMP and onnxruntime may go on taking a core after a call
 
 
 class Harness:
-    """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table.
+    """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table. peers: a
+    line below each case for each peer that has it.
 
     A benchmark takes its arrays from `arrays` and its cases from bench.shapes, so it runs here and on bench.gpu's
     GpuHarness, which has the same methods.
@@ -34,8 +39,8 @@ class Harness:
 
     cuda = hopper = False
 
-    def __init__(self, quick: bool = False, json_lines: bool = False):
-        self.quick, self.json_lines = quick, json_lines
+    def __init__(self, quick: bool = False, json_lines: bool = False, peers: bool = False):
+        self.quick, self.json_lines, self.peers = quick, json_lines, peers
         self.arrays = Host()
         self.roof = Roof.measure()
         self._flush_weight = np.ones((3 * last_level_cache() // 2**14, 2**13), bfloat16)
@@ -54,11 +59,15 @@ class Harness:
             "float32_operations_per_second": self.roof.peak,
             "blas_threads": round(self.roof.blas_threads, 2),
             "last_level_cache_bytes": last_level_cache(),
+            "peers": cpu_peers.versions() if self.peers else {},
         }
         if self.json_lines:
             print(json.dumps(facts), flush=True)
             return
         print("commit {commit}, {date}, {chip}, {isa}, threads: {threads}, NumPy {numpy}".format(**facts))
+        if self.peers:
+            found = (f"{name} {version or 'absent'}" for name, version in facts["peers"].items())
+            print(f"peers: {', '.join(found)}")
         print(
             f"roof: {self.roof.bandwidth / 1e9:.1f} GB/s read, {self.roof.peak / 1e9:.0f} GFLOP/s float32 "
             f"(BLAS on {self.roof.blas_threads:.1f} threads); caches {last_level_cache() / 2**20:.0f} MiB\n"
@@ -74,24 +83,56 @@ class Harness:
         """Hand back the memory of arrays that are gone; the CPU does so by itself."""
 
     def run(
-        self, op: str, case: str, call, *, bytes_moved: float = 0, operations: float = 0, baseline=None, peers=None
+        self,
+        op: str,
+        case: str,
+        call,
+        *,
+        bytes_moved: float = 0,
+        operations: float = 0,
+        baseline=None,
+        peers=None,
+        cpu_peers=None,
     ) -> None:
         """Time `call` and `baseline`, the same maths in NumPy, and print the line.
 
         bytes_moved: weights, inputs and outputs, each once. operations: two a multiply-add. peers: for GpuHarness.
+        cpu_peers: a function that returns {name: call}, each timed in turn with ours and printed below it.
         """
-        call()
-        seconds = self._repeat(call, least=3 if self.quick else 7, budget=0.1 if self.quick else 0.7)
-        slow = self._repeat(baseline, least=1, budget=0.05 if self.quick else 0.3) if baseline else []
-        self.report(op, case, seconds, bytes_moved=bytes_moved, operations=operations, baseline_seconds=slow)
+        others = cpu_peers() if self.peers and cpu_peers else {}
+        ours = call()
+        errors = {name: relative_error(other(), ours) for name, other in others.items()}
+        least, budget = (3, 0.1) if self.quick else (7, 0.7)
+        seconds, *others_seconds = self._alternate([call, *others.values()], least, budget)
+        slow = self._alternate([baseline], 1, 0.05 if self.quick else 0.3)[0] if baseline else []
+        work = {"bytes_moved": bytes_moved, "operations": operations}
+        self.report(op, case, seconds, **work, baseline_seconds=slow)
+        for (name, error), theirs in zip(errors.items(), others_seconds, strict=True):
+            ratio = statistics.median(theirs) / statistics.median(seconds)
+            self.report(op, case, theirs, **work, engine=name, note=f"ours {ratio:.2f}x, apart by {error:.1e}")
 
-    def report(self, op, case, seconds, *, bytes_moved=0, operations=0, tokens=0, baseline_seconds=(), note="") -> None:
-        """Print the line of measured seconds (a list, one a repeat). tokens: of a call, for a rate in tokens/s."""
+    def report(
+        self,
+        op,
+        case,
+        seconds,
+        *,
+        bytes_moved=0,
+        operations=0,
+        tokens=0,
+        baseline_seconds=(),
+        engine="",
+        note="",
+    ) -> None:
+        """Print the line of measured seconds (a list, one a repeat). tokens: of a call, for a rate in tokens/s.
+
+        engine: the peer that was measured, in the place of the instruction set.
+        """
         median = statistics.median(seconds)
         line = {
             "op": op,
             "case": case,
-            "isa": ops.isa(),
+            "isa": engine or ops.isa(),
             "threads": ops.num_threads(),
             "median_seconds": median,
             "spread": spread(seconds),
@@ -105,15 +146,27 @@ class Harness:
         }
         print(json.dumps(line) if self.json_lines else self._row(line), flush=True)
 
-    def _repeat(self, call, least: int, budget: float, most: int = 100) -> list[float]:
-        """Seconds of each call: `least` of them, then more until their sum reaches the budget."""
-        seconds = []
-        while len(seconds) < least or (sum(seconds) < budget and len(seconds) < most):
-            ops.gemm(self._flush_x, self._flush_weight)
-            started = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - started)
-        return seconds
+    def _alternate(self, calls, least: int, budget: float, most: int = 100) -> list[list[float]]:
+        """Seconds of each call, in turns: `least` of them, then more until their sum reaches the budget. A call that
+        takes ten times the budget is not repeated.
+        """
+
+        def enough(seconds):
+            total = sum(seconds)
+            return len(seconds) == most or total >= budget and (len(seconds) >= least or total >= 10 * budget)
+
+        measured = [[] for _ in calls]
+        while not all(map(enough, measured)):
+            for call, seconds in zip(calls, measured, strict=True):
+                if enough(seconds):
+                    continue
+                if len(calls) > 1:
+                    time.sleep(SPINNING)
+                ops.gemm(self._flush_x, self._flush_weight)
+                started = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - started)
+        return measured
 
     def _row(self, line: dict) -> str:
         gb, gflop, tokens = (line[f"{unit}_per_second"] or 0.0 for unit in ("bytes", "operations", "tokens"))
@@ -131,6 +184,11 @@ class Harness:
             f"{line['of_roof']:.0%}" if line["of_roof"] else "-",
             line["note"] or (f"{ratio:.1f}x numpy" if ratio else "-"),
         )
+
+
+def relative_error(result, expected) -> float:
+    """The norm of the difference over that of what was expected."""
+    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 
 def spread(seconds: list[float]) -> float:

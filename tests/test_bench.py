@@ -60,7 +60,7 @@ class Recorder:
         assert 0 < nbytes < 60e9, "more than a GPU of 80 GB has beside the rest"
         return True
 
-    def run(self, op, case, call, *, bytes_moved=0, operations=0, baseline=None, peers=None):
+    def run(self, op, case, call, *, bytes_moved=0, operations=0, **compared_with):
         assert (op, case) not in self.cases
         assert bytes_moved > 0 and math.isfinite(bytes_moved + operations) and callable(call)
         assert len(op) < 24 and len(case) < (36 if self.cuda else 32), "wider than its column"

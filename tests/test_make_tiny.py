@@ -225,7 +225,7 @@ def test_training_text_too_short():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"preset": "huge"}, "preset is 'huge', expected one of tiny, tiny-k2, full-width, full-size"),
+        ({"preset": "huge"}, "preset is 'huge', expected one of tiny, tiny-k2, full-width, small, full-size"),
         ({"experts": "fp8"}, "experts is 'fp8', expected 'int4' or 'bf16'"),
         ({"scale_bits": 0}, "scale_bits is 0, expected 1 to 8"),
         ({"scale_bits": 9}, "scale_bits is 9, expected 1 to 8"),

@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
         choices=PRESETS,
         default="tiny",
         help="default: tiny, 2 MB; full-width: one real MoE layer, "
-        "sparse; full-size: the published 595 GB as a sparse file of zeros",
+        "sparse; small: 0.6 GB to time; full-size: the published 595 GB as a sparse file of zeros",
     )
     p.add_argument("--experts", choices=["int4", "bf16"], default="int4", help="format of the routed experts")
     p.add_argument("--seed", type=int, default=0)

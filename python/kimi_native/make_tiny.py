@@ -4,6 +4,7 @@
     tiny-k2     the same text model under the text-only names and config of K2-Thinking
     full-width  the real widths of attention, experts and router in 2 layers, text only; 1.2 GB on disk. The
                 router's bias keeps to FULL_WIDTH_LIVE_EXPERTS; the other experts are holes that read as zero
+    small       0.8 billion parameters in 8 layers of 64 experts, text only, no tokenizer; 0.6 GB on disk, to time
     full-size   the published config and its 64 shards as holes: headers, index, weight_shape; no tokenizer
 
 The values of a tensor depend on the seed and its name alone and are made of integers, so that they are the
@@ -30,7 +31,7 @@ from kimi_native.tiny_config import BASE_TOKENS, PREPROCESSOR_CONFIG, preset_con
 from kimi_native.tokenizer import NUM_RESERVED, SPECIAL_TOKENS
 
 FULL_WIDTH_LIVE_EXPERTS = tuple(range(0, 384, 32))
-PRESETS = ("tiny", "tiny-k2", "full-width", "full-size")
+PRESETS = ("tiny", "tiny-k2", "full-width", "small", "full-size")
 
 _BLOCK = 2**20  # values drawn at a time; part of the definition of the values
 _NORMAL_STD = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four random bytes
@@ -70,7 +71,7 @@ def make_tiny(
     try:
         values = preset_config(preset, experts)
         _write_json(partial / "config.json", values)
-        if preset != "full-size":
+        if preset not in ("small", "full-size"):
             _write_tokenizer(partial)
         generation = {"eos_token_id": values["bos_token_id"] + 2, "max_length": 262144}
         _write_json(partial / "generation_config.json", generation)

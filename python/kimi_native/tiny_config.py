@@ -181,6 +181,19 @@ _TINY_VISION = {
 }
 # Half the published width of the dense layer, to stay small on disk.
 _FULL_WIDTH_TEXT = {"intermediate_size": 9216, "num_hidden_layers": 2}
+# Wide enough to time, and without YaRN, whose constants other engines read differently.
+_SMALL_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 512,
+    "rope_scaling": None,
+}
+_SMALL_VOCABULARY = 16384
 
 
 def published_config() -> dict:
@@ -204,9 +217,11 @@ def preset_config(preset: str, experts: str = "int4") -> dict:
         config = _text_only(config)
         config["rope_scaling"]["beta_fast"] = 1.0
     else:
-        text.update(_FULL_WIDTH_TEXT)
+        text.update(_SMALL_TEXT if preset == "small" else _FULL_WIDTH_TEXT)
         config = _text_only(config)
     _shrink_vocabulary(config)
+    if preset == "small":
+        config["vocab_size"] = _SMALL_VOCABULARY
     return config
 
 
