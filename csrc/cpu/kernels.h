@@ -47,7 +47,6 @@ struct Kernels {
   // out = x * scale * weight
   void (*scale_by_weight)(const float* x, const bf16* weight, float scale, float* out, int64_t n);
   void (*add)(float* y, const float* x, int64_t n);  // y += x
-  void (*scale)(float* x, float scale, int64_t n);   // x *= scale
   void (*widen)(const bf16* x, float* out, int64_t n);
   void (*narrow)(const float* x, bf16* out, int64_t n);
   void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t pairs);

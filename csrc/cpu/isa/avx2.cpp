@@ -74,13 +74,6 @@ void add(float* y, const float* x, int64_t n) {
   for (; i < n; i++) y[i] += x[i];
 }
 
-void scale(float* x, float factor, int64_t n) {
-  const __m256 s = _mm256_set1_ps(factor);
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), s));
-  for (; i < n; i++) x[i] *= factor;
-}
-
 void widen(const bf16* x, float* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_bf16(x + i));
@@ -283,7 +276,6 @@ const Kernels avx2_kernels = {
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
     .add = add,
-    .scale = scale,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,

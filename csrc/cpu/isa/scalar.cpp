@@ -20,10 +20,6 @@ void add(float* y, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-void scale(float* x, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] *= factor;
-}
-
 void widen(const bf16* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = to_float(x[i]);
 }
@@ -90,7 +86,6 @@ const Kernels scalar_kernels = {
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
     .add = add,
-    .scale = scale,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,
