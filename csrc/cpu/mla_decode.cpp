@@ -10,8 +10,8 @@ constexpr int64_t kMinSplit = 192, kMaxPieces = 64;  // a split is a whole numbe
 static_assert(kMaxMlaDecodeWidth * kLanes <= kScratch && kMaxMlaDecodeWidth <= kPanel);
 
 // The heads of a sequence's queries fill strips. Strips of a group share the rows they read; the keys are cut into
-// splits that are attended apart and merged afterwards. Depends on the call's shapes alone, never on the number of
-// threads.
+// splits that are attended apart and merged afterwards. Depends on the call's shapes and longest sequence alone,
+// never on the number of threads.
 struct Pieces {
   int strips, group;              // of a sequence, of a group
   int64_t groups, splits, split;  // of a sequence; keys of a split

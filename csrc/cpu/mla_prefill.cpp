@@ -18,24 +18,31 @@ void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t firs
   std::fill_n(s.out, p.Dv * kLanes, 0.0f);
   std::fill_n(s.maximum, kLanes, -kInfinity);
   std::fill_n(s.sum, kLanes, 0.0f);
-  for (int r = 0; r < count && p.continue_state; r++) {
-    const int64_t row = (first + r) * p.N + n;
-    if (p.lse[row] == -kInfinity) continue;
-    s.maximum[r] = p.lse[row] * kLog2E;
-    s.sum[r] = 1.0f;
-    for (int c = 0; c < p.Dv; c++) s.out[c * kLanes + r] = p.out[row * p.Dv + c];
+  if (!p.continue_state) return;
+  const int64_t stride = int64_t(p.N) * p.Dv;
+  k.attention->transpose(p.out + first * stride + n * p.Dv, stride, count, p.Dv, s.out, kLanes);
+  for (int r = 0; r < count; r++) {
+    const float lse = p.lse[(first + r) * p.N + n];
+    s.maximum[r] = lse * kLog2E;
+    if (lse != -kInfinity)
+      s.sum[r] = 1.0f;
+    else  // without a key the old result may be anything
+      for (int c = 0; c < p.Dv; c++) s.out[c * kLanes + r] = 0.0f;
   }
 }
 
-void store_strip(const MlaPrefillParams<float>& p, int64_t first, int count, int n, const Strip& strip) {
+void store_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t first, int count, int n,
+                 const Strip& strip) {
   const State& s = strip.state;
-  for (int r = 0; r < count; r++) {
-    const int64_t row = (first + r) * p.N + n;
-    if (strip.limit[r] == 0 && p.continue_state && p.lse[row] != -kInfinity) continue;  // nothing was added
-    const float factor = s.sum[r] == 0.0f ? 1.0f : 1.0f / s.sum[r];
-    for (int c = 0; c < p.Dv; c++) p.out[row * p.Dv + c] = factor * s.out[c * kLanes + r];
-    p.lse[row] = log_sum_exp(s.maximum[r], s.sum[r]);
-  }
+  float factor[kLanes];
+  for (int r = 0; r < kLanes; r++) factor[r] = s.sum[r] == 0.0f ? 1.0f : 1.0f / s.sum[r];
+  for (int c = 0; c < p.Dv; c++)
+    for (int r = 0; r < kLanes; r++) s.out[c * kLanes + r] *= factor[r];
+  const int64_t stride = int64_t(p.N) * p.Dv;
+  k.attention->transpose(s.out, kLanes, p.Dv, count, p.out + first * stride + n * p.Dv, stride);
+  for (int r = 0; r < count; r++)
+    if (strip.limit[r] > 0 || !p.continue_state)  // else nothing was added, and the way to base 2 and back may round
+      p.lse[(first + r) * p.N + n] = log_sum_exp(s.maximum[r], s.sum[r]);
 }
 
 // Head n, queries [begin, begin + count) of sequence b.
@@ -68,7 +75,7 @@ void attend_block(const Kernels& k, const MlaPrefillParams<float>& p, int b, int
     std::copy_n(row + p.Dn, p.Dv, out);
   });
   for (int i = 0; i < n_strips; i++)
-    store_strip(p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, strips[i]);
+    store_strip(k, p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, strips[i]);
 }
 
 }  // namespace
