@@ -1,4 +1,4 @@
-"""mla_decode: the last tokens of a batch of sequences, 64 heads or fewer, over the cached tokens in bf16."""
+"""mla_decode: the last tokens of a batch of sequences, 64 heads or fewer, over the cached tokens, bf16 or float32."""
 
 import numpy as np
 from kimi_native import ops
@@ -19,7 +19,7 @@ def run(harness, rng, case):
     B, Q, N, scale = case.B, case.Q, case.N, shapes.SOFTMAX_SCALE
     lengths = case_lengths(rng, case)
     pages = B * -(-int(lengths.max()) // case.page_size)
-    cache = make.bf16(rng, pages, case.page_size, width)
+    cache = (make.normal if case.float32 else make.bf16)(rng, pages, case.page_size, width)
     page_table = shapes.page_table(rng, B, int(lengths.max()), case.page_size)
     q, placed = make.normal(rng, B, Q, N, width), (make.put(page_table), make.put(lengths))
     read, pairs = tokens_and_pairs(lengths, Q)
@@ -27,7 +27,7 @@ def run(harness, rng, case):
         "mla_decode",
         str(case),
         lambda: ops.mla_decode(q, cache, *placed, C, scale),
-        bytes_moved=read * width * shapes.BYTES_BF16 + q.nbytes + q.nbytes // width * C,
+        bytes_moved=read * width * cache.itemsize + q.nbytes + q.nbytes // width * C,
         operations=2 * pairs * N * (width + C),
         baseline=lambda: numpy_mla_decode(q, cache, page_table),
         cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == 1 else None,
@@ -48,11 +48,15 @@ def tokens_and_pairs(lengths, Q):
 
 
 def numpy_mla_decode(q, cache, page_table):
-    """Sequence by sequence: its rows as float32, two matrix products. One query each, which sees them all."""
-    out = np.empty((len(q), shapes.HEADS, shapes.KV_LORA_RANK), np.float32)
+    """Sequence by sequence: its rows as float32, two matrix products. The last query sees all tokens."""
+    B, Q, N, width = q.shape
+    out = np.empty((B, Q, N, shapes.KV_LORA_RANK), np.float32)
     for b, pages in enumerate(page_table):
-        rows = cache[pages].reshape(-1, shapes.CACHE_WIDTH).astype(np.float32)  # [S, C + R]
-        scores = q[b, 0] @ rows.T
+        rows = cache[pages].reshape(-1, width).astype(np.float32)  # [S, C + R]
+        scores = (q[b].reshape(Q * N, width) @ rows.T).reshape(Q, N, -1)
         scores *= np.float32(shapes.SOFTMAX_SCALE)
-        out[b] = baseline.softmax(scores) @ rows[:, : shapes.KV_LORA_RANK]
+        for i in range(Q - 1):
+            scores[i, :, len(rows) - Q + 1 + i :] = -np.inf
+        weights = baseline.softmax(scores.reshape(Q * N, -1))
+        out[b] = (weights @ rows[:, : shapes.KV_LORA_RANK]).reshape(Q, N, -1)
     return out

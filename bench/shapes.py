@@ -80,10 +80,12 @@ class Decode:
     Q: int = 1
     page_size: int = PAGE_SIZE
     varied: bool = False  # lengths normal(S, S / 2)
+    float32: bool = False  # the cache, else bf16
 
     def __str__(self):
         rest = [f"Q={self.Q}"] * (self.Q > 1) + [f"page={self.page_size}"] * (self.page_size != PAGE_SIZE)
-        return " ".join([f"B={self.B} S={self.S} N={self.N}", *rest, *["varied"] * self.varied])
+        rest += ["varied"] * self.varied + ["float32"] * self.float32
+        return " ".join([f"B={self.B} S={self.S} N={self.N}", *rest])
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,12 @@ FUSED_MOE = Cases(  # n_out is the intermediate size here
 )
 LENGTHS = 512, 1024, 4096, 8192, 32768, 131072, 262144
 DECODE = Cases(
-    cpu=tuple(Decode(B, S) for B, S in ((1, 4096), (1, 32768), (8, 4096), (8, 32768))),
+    cpu=(
+        *(Decode(B, S) for B, S in ((1, 4096), (1, 32768), (1, 262144), (8, 4096), (8, 32768))),
+        *(Decode(1, S, N=16) for S in (4096, 32768)),
+        *(Decode(1, 4096, Q=Q) for Q in (4, 16)),
+        Decode(1, 4096, float32=True),
+    ),
     gpu=(
         *(Decode(B, S) for B in (1, 8, 64, 128) for S in LENGTHS),
         *(Decode(B, S, N) for N in (16, 8) for B, S in ((1, 4096), (8, 4096), (64, 4096), (128, 4096), (1, 131072))),

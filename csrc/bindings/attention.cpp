@@ -133,6 +133,8 @@ void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, T
   p.cu_seqlens_k = a.dense<const int32_t>("cu_seqlens_k", cu_seqlens_k, B1);
   p.causal_offsets = a.dense<const int32_t>("causal_offsets", causal_offsets, B);
   if constexpr (kOnCpu<On>) {
+    a.require(key_dim.size + Dv.size <= cpu::kMaxMlaPrefillWidth,
+              "q and kv have Dn + R + Dv = ", key_dim.size + Dv.size, ", expected at most ", cpu::kMaxMlaPrefillWidth);
     check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
     check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
   }
@@ -181,6 +183,8 @@ size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_l
   p.pages = pages, p.page_size = page_size, p.max_pages = max_pages;
   p.scale = scale;
   if constexpr (kOnCpu<On>) {
+    a.require(width.size <= cpu::kMaxMlaDecodeWidth, "cache has C + R = ", width.size, ", expected at most ",
+              cpu::kMaxMlaDecodeWidth);
     check_pages(a, p);
     for (int b = 0; b < p.B; b++) p.max_seq_len = std::max(p.max_seq_len, int(p.seq_lens[b]));
   } else {

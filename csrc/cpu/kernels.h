@@ -23,6 +23,23 @@ struct QuantizedKernels {
               int64_t scale_stride, int rows, int n, float* out, int out_stride);
 };
 
+// Softmax attention of kLanes queries side by side: lane r of an array [n][kLanes] belongs to query r. Rows of keys and
+// of values lie `stride` floats apart. Logarithms are to base 2.
+constexpr int kLanes = 16;
+
+struct AttentionKernels {
+  // out[c * out_stride + r] = x[r * x_stride + c] for r < rows, c < columns
+  void (*transpose)(const float* x, int64_t x_stride, int rows, int columns, float* out, int64_t out_stride);
+  // out[j][r] = scale * sum_i keys[j][i] * q[i][r] for j < rows, i < n
+  void (*scores)(const float* q, const float* keys, int64_t stride, int rows, int n, float scale, float* out);
+  // maximum rises to that of scores[0..rows), factor = 2^(old maximum - new one), scores become weights
+  // 2^(score - maximum), sum = factor * sum + theirs. A score of -inf weighs 0, NaN makes the sum NaN.
+  void (*soften)(float* scores, int rows, float* maximum, float* sum, float* factor);
+  // out[c][r] = factor[r] * out[c][r] + sum_j weights[j][r] * values[j][c] for c < n, j < rows
+  void (*add_values)(const float* weights, const float* values, int64_t stride, int rows, int n, const float* factor,
+                     float* out);
+};
+
 struct Kernels {
   const char* name;
 
@@ -30,13 +47,10 @@ struct Kernels {
   // out = x * scale * weight
   void (*scale_by_weight)(const float* x, const bf16* weight, float scale, float* out, int64_t n);
   void (*add)(float* y, const float* x, int64_t n);  // y += x
-  void (*scale)(float* x, float scale, int64_t n);   // x *= scale
   void (*widen)(const bf16* x, float* out, int64_t n);
   void (*narrow)(const float* x, bf16* out, int64_t n);
   void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t pairs);
   void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t n);
-  float (*maximum)(const float* x, int64_t n);           // -inf for n = 0; NaN may be passed over
-  float (*exp_sum)(float* x, float maximum, int64_t n);  // x = exp(x - maximum), returns the sum
   void (*decode_int4)(const uint8_t* packed, const bf16* scale, float* out, int64_t groups);  // q * scale, exact
 
   // Each product sums over k in one fixed order, whatever `tokens` and `rows` are.
@@ -46,6 +60,7 @@ struct Kernels {
   void (*dot_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int k, float* tile);
   const QuantizedKernels* quantized;
+  const AttentionKernels* attention;
 
   // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTileT
   void (*add_weighted_rows)(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows,
@@ -53,6 +68,7 @@ struct Kernels {
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
+extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels;
 extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels;
 
 const Kernels& kernels();

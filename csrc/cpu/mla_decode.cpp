@@ -3,113 +3,114 @@
 #include "core/parallel.h"
 #include "cpu/attend.h"
 
-namespace kimi {
+namespace kimi::cpu {
 namespace {
 
-constexpr int64_t kMinSplit = 256, kMaxSplits = 64;
+constexpr int64_t kMinSplit = 192, kMaxPieces = 64;  // a split is a whole number of the model's key blocks
+static_assert(kMaxMlaDecodeWidth * kLanes <= kScratch && kMaxMlaDecodeWidth <= kPanel);
 
-int64_t rows(const MlaDecodeParams<float>& p) { return int64_t(p.B) * p.Q; }
+// The heads of a sequence's queries fill strips. Strips of a group share the rows they read; the keys are cut into
+// splits that are attended apart and merged afterwards. Depends on the call's shapes and longest sequence alone,
+// never on the number of threads.
+struct Pieces {
+  int strips, group;              // of a sequence, of a group
+  int64_t groups, splits, split;  // of a sequence; keys of a split
 
-// A sequence is cut into runs of keys that are attended apart and merged afterwards: many for one sequence, few for
-// many of them. Depends on the call's shapes alone, never on the number of threads.
-int64_t split_length(const MlaDecodeParams<float>& p) {
-  const int64_t splits = std::max<int64_t>(1, kMaxSplits / std::max<int64_t>(1, rows(p)));
-  return std::max(kMinSplit, (p.max_seq_len + splits - 1) / splits);
-}
-
-int64_t split_count(const MlaDecodeParams<float>& p) { return (p.max_seq_len + split_length(p) - 1) / split_length(p); }
-
-}  // namespace
-
-namespace cpu {
-
-// Per query, split and head: the weighted sum [C], its maximum and its sum.
-size_t mla_decode_workspace(const MlaDecodeParams<float>& p) {
-  return size_t(rows(p) * split_count(p) * p.N * (p.C + 2));
-}
-
-namespace {
-
-struct Split {
-  float* out;      // [N, C]
-  float* maximum;  // [N]
-  float* sum;      // [N]
-
-  Split(const MlaDecodeParams<float>& p, int64_t row, int64_t index) {
-    out = p.workspace + (row * split_count(p) + index) * p.N * (p.C + 2);
-    maximum = out + int64_t(p.N) * p.C;
-    sum = maximum + p.N;
+  explicit Pieces(const MlaDecodeParams<float>& p) {
+    strips = int((int64_t(p.Q) * p.N + kLanes - 1) / kLanes);
+    group = strips_in_scratch(p.C + p.R);
+    groups = (strips + group - 1) / group;
+    const int64_t most = std::max<int64_t>(1, kMaxPieces / std::max<int64_t>(1, p.B * groups));
+    split = std::max(kMinSplit, (p.max_seq_len + most - 1) / most);
+    splits = (p.max_seq_len + split - 1) / split;
   }
 };
+
+State state_at(const MlaDecodeParams<float>& p, const Pieces& pieces, int64_t b, int64_t split, int strip) {
+  return {p.workspace + ((b * pieces.splits + split) * pieces.strips + strip) * State::size(p.C), p.C};
+}
 
 void load_row(const Kernels&, const float* row, int n, float* out) { std::copy_n(row, n, out); }
 void load_row(const Kernels& k, const bf16* row, int n, float* out) { k.widen(row, out, n); }
 
-// Heads [head, head + count) of query `row` (sequence row / Q) over one split of its keys.
+// Strips [first, first + pieces.group) of sequence b over one split.
 template <class Element>
-void attend_split(const Kernels& k, const MlaDecodeParams<float>& p, int64_t row, int64_t index, int head, int count) {
-  const int64_t b = row / p.Q, visible = p.seq_lens[b] - (p.Q - 1 - row % p.Q);
-  const int64_t begin = index * split_length(p), end = std::min(visible, begin + split_length(p));
-  const int64_t keys = std::max<int64_t>(0, end - begin), width = p.C + p.R;
+void attend_group(const Kernels& k, const MlaDecodeParams<float>& p, const Pieces& pieces, int64_t b, int64_t split,
+                  int first) {
+  alignas(64) float q[kScratch];
+  Strip strips[kMaxStrips];
+  const int width = p.C + p.R, n_strips = std::min(pieces.group, pieces.strips - first);
+  const int64_t begin = split * pieces.split, end = std::min<int64_t>(p.seq_lens[b], begin + pieces.split);
+  for (int i = 0; i < n_strips; i++) {
+    Strip& s = strips[i];
+    const int64_t row = (first + i) * kLanes, rows = int64_t(p.Q) * p.N;
+    const int count = int(std::min<int64_t>(kLanes, rows - row));
+    float* strip_q = q + i * width * kLanes;
+    if (count < kLanes) std::fill_n(strip_q, width * kLanes, 0.0f);
+    k.attention->transpose(p.q + (b * rows + row) * width, width, count, width, strip_q, kLanes);
+    s.q = strip_q;
+    s.state = state_at(p, pieces, b, split, first + i);
+    std::fill_n(s.state.out, p.C * kLanes, 0.0f);
+    std::fill_n(s.state.maximum, kLanes, -kInfinity);
+    std::fill_n(s.state.sum, kLanes, 0.0f);
+    for (int r = 0; r < kLanes; r++) s.limit[r] = r < count ? p.seq_lens[b] - (p.Q - 1 - (row + r) / p.N) - begin : 0;
+  }
   const int32_t* pages = p.page_table + b * p.max_pages;
   const auto* cache = static_cast<const Element*>(p.cache);
-  const Split split(p, row, index);
-  AttentionState s;
-  const float* q[kMaxQueries] = {};
-  int64_t limit[kMaxQueries] = {};
-  for (int i = 0; i < count; i++) {
-    q[i] = p.q + (row * p.N + head + i) * width;
-    limit[i] = keys;
-    s.out[i] = split.out + int64_t(head + i) * p.C;
-    s.maximum[i] = -std::numeric_limits<float>::infinity();
-    s.sum[i] = 0;
-    std::fill_n(s.out[i], p.C, 0.0f);
-  }
-  auto load = [&](int64_t j, int column, int columns, float* out) {
+  attend(k, strips, n_strips, {width, width, 0, p.C}, p.scale, end - begin, [&](int64_t j, float* out) {
     const int64_t position = begin + j;
     const int64_t slot = int64_t(pages[position / p.page_size]) * p.page_size + position % p.page_size;
-    load_row(k, cache + slot * width + column, columns, out);
-  };
-  attend(k, q, count, limit, int(width), p.C, p.scale, keys, load, load, s);
-  std::copy_n(s.maximum, count, split.maximum + head);
-  std::copy_n(s.sum, count, split.sum + head);
+    load_row(k, cache + slot * width, width, out);
+  });
 }
 
-// out = sum_i exp(m_i - m) out_i / sum_i exp(m_i - m) sum_i over the splits of head n.
-void combine(const Kernels& k, const MlaDecodeParams<float>& p, int64_t row, int n) {
-  const int64_t splits = split_count(p);
-  float maximum = -std::numeric_limits<float>::infinity(), sum = 0;
-  for (int64_t i = 0; i < splits; i++) maximum = std::max(maximum, Split(p, row, i).maximum[n]);
-  float* out = p.out + (row * p.N + n) * p.C;
-  std::fill_n(out, p.C, 0.0f);
-  for (int64_t i = 0; i < splits; i++) {
-    const Split split(p, row, i);
-    if (split.sum[n] == 0.0f) continue;
-    const float weight = std::exp(split.maximum[n] - maximum);
-    const float* weights = &weight;
-    sum += weight * split.sum[n];
-    k.add_weighted_rows(&weights, 1, split.out + int64_t(n) * p.C, 0, 1, &out, p.C);
+// Columns [begin, begin + count) of a strip: sum_i weight_i out_i / sum_i weight_i sum_i over the splits, where the
+// weights are to the maxima what those of keys are to their scores.
+constexpr int kColumns = 64;
+
+void combine(const Kernels& k, const MlaDecodeParams<float>& p, const Pieces& pieces, int64_t b, int strip, int begin) {
+  float weights[kMaxPieces * kLanes], maximum[kLanes], sum[kLanes] = {}, factor[kLanes], out[kColumns * kLanes] = {};
+  const int splits = int(pieces.splits), count = std::min(kColumns, p.C - begin);
+  std::fill_n(maximum, kLanes, -kInfinity);
+  for (int i = 0; i < splits; i++) std::copy_n(state_at(p, pieces, b, i, strip).maximum, kLanes, weights + i * kLanes);
+  k.attention->soften(weights, splits, maximum, sum, factor);
+  std::fill_n(sum, kLanes, 0.0f);
+  for (int i = 0; i < splits; i++) {
+    const State part = state_at(p, pieces, b, i, strip);
+    const float* weight = weights + i * kLanes;
+    for (int r = 0; r < kLanes; r++) sum[r] += weight[r] * part.sum[r];
+    for (int c = 0; c < count; c++)
+      for (int r = 0; r < kLanes; r++) out[c * kLanes + r] += weight[r] * part.out[(begin + c) * kLanes + r];
   }
-  if (sum != 0.0f) k.scale(out, 1.0f / sum, p.C);
-  p.lse[row * p.N + n] = log_sum_exp(maximum, sum);
+  for (int c = 0; c < count; c++)
+    for (int r = 0; r < kLanes; r++) out[c * kLanes + r] /= sum[r] == 0.0f ? 1.0f : sum[r];
+  const int64_t row = strip * kLanes, rows = int64_t(p.Q) * p.N;
+  const int lanes = int(std::min<int64_t>(kLanes, rows - row));
+  k.attention->transpose(out, kLanes, count, lanes, p.out + (b * rows + row) * p.C + begin, p.C);
+  if (begin == 0)
+    for (int r = 0; r < lanes; r++) p.lse[b * rows + row + r] = log_sum_exp(maximum[r], sum[r]);
 }
 
 }  // namespace
 
+size_t mla_decode_workspace(const MlaDecodeParams<float>& p) {
+  const Pieces pieces(p);
+  return size_t(p.B * pieces.splits * pieces.strips * State::size(p.C));
+}
+
 void mla_decode(const MlaDecodeParams<float>& p) {
   const Kernels& k = kernels();
-  constexpr int kHeads = 16;
-  const int64_t splits = split_count(p), groups = (p.N + kHeads - 1) / kHeads;
-  parallel_for(rows(p) * splits * groups, 1, [&](int64_t item, int64_t) {
-    const int head = int(item % groups) * kHeads;
-    const int64_t row = item / (splits * groups), index = item / groups % splits;
-    const auto attend_heads = p.cache_dtype == DType::F32 ? attend_split<float> : attend_split<bf16>;
-    attend_heads(k, p, row, index, head, std::min(kHeads, p.N - head));
+  const Pieces pieces(p);
+  parallel_for(p.B * pieces.splits * pieces.groups, 1, [&](int64_t item, int64_t) {
+    const int64_t b = item / (pieces.splits * pieces.groups), split = item / pieces.groups % pieces.splits;
+    const auto attend_strips = p.cache_dtype == DType::F32 ? attend_group<float> : attend_group<bf16>;
+    attend_strips(k, p, pieces, b, split, int(item % pieces.groups) * pieces.group);
   });
-  parallel_for(rows(p) * p.N, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) combine(k, p, i / p.N, int(i % p.N));
+  const int64_t columns = (p.C + kColumns - 1) / kColumns;
+  parallel_for(p.B * pieces.strips * columns, 1, [&](int64_t item, int64_t) {
+    const int64_t b = item / (pieces.strips * columns), strip = item / columns % pieces.strips;
+    combine(k, p, pieces, b, int(strip), int(item % columns) * kColumns);
   });
 }
 
-}  // namespace cpu
-}  // namespace kimi
+}  // namespace kimi::cpu

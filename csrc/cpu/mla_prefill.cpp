@@ -6,79 +6,90 @@
 namespace kimi::cpu {
 namespace {
 
-// Columns [column, column + n) of the concatenation of a (of length split) and b.
-void copy_joined(const float* a, int split, const float* b, int column, int n, float* out) {
-  const int from_a = std::clamp(split - column, 0, n);
-  std::copy_n(a + column, from_a, out);
-  std::copy_n(b + std::max(0, column + from_a - split), n - from_a, out + from_a);
+static_assert((kMaxMlaPrefillWidth + 2) * kLanes <= kScratch && kMaxMlaPrefillWidth <= kPanel);
+
+// Brings queries [first, first + count) of head n and the results that they continue into lanes. The running state of
+// a query whose result over other keys is (out, lse): maximum = lse, sum = 1.
+void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t first, int count, int n, float* q,
+                const State& s) {
+  const int key_dim = p.Dn + p.R;
+  if (count < kLanes) std::fill_n(q, key_dim * kLanes, 0.0f);
+  k.attention->transpose(p.q + first * p.q_stride_t + n * p.q_stride_n, p.q_stride_t, count, key_dim, q, kLanes);
+  std::fill_n(s.out, p.Dv * kLanes, 0.0f);
+  std::fill_n(s.maximum, kLanes, -kInfinity);
+  std::fill_n(s.sum, kLanes, 0.0f);
+  if (!p.continue_state) return;
+  const int64_t stride = int64_t(p.N) * p.Dv;
+  k.attention->transpose(p.out + first * stride + n * p.Dv, stride, count, p.Dv, s.out, kLanes);
+  for (int r = 0; r < count; r++) {
+    const float lse = p.lse[(first + r) * p.N + n];
+    s.maximum[r] = lse * kLog2E;
+    if (lse != -kInfinity)
+      s.sum[r] = 1.0f;
+    else  // without a key the old result may be anything
+      for (int c = 0; c < p.Dv; c++) s.out[c * kLanes + r] = 0.0f;
+  }
 }
 
-// The queries of one head and their results lie a row of all heads apart, at a power of two that maps them to the same
-// cache sets. Rows of at most kColumns are worked on side by side instead.
-struct QueryRows {
-  alignas(64) float q[kMaxQueries * kColumns];
-  alignas(64) float out[kMaxQueries * kColumns];
-};
-
-// The running state of a query whose result over other keys is (out, lse): maximum = lse, sum = 1.
-void start_state(const MlaPrefillParams<float>& p, int64_t row, int i, AttentionState& s) {
-  const float lse = p.continue_state ? p.lse[row] : -std::numeric_limits<float>::infinity();
-  s.maximum[i] = lse;
-  s.sum[i] = lse == -std::numeric_limits<float>::infinity() ? 0.0f : 1.0f;
-  if (s.sum[i] == 0.0f)
-    std::fill_n(s.out[i], p.Dv, 0.0f);
-  else if (s.out[i] != p.out + row * p.Dv)
-    std::copy_n(p.out + row * p.Dv, p.Dv, s.out[i]);
-}
-
-void finish_state(const Kernels& k, const MlaPrefillParams<float>& p, int64_t row, int i, const AttentionState& s) {
-  if (s.sum[i] != 0.0f) k.scale(s.out[i], 1.0f / s.sum[i], p.Dv);
-  if (s.out[i] != p.out + row * p.Dv) std::copy_n(s.out[i], p.Dv, p.out + row * p.Dv);
-  p.lse[row] = log_sum_exp(s.maximum[i], s.sum[i]);
+void store_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t first, int count, int n,
+                 const Strip& strip) {
+  const State& s = strip.state;
+  float factor[kLanes];
+  for (int r = 0; r < kLanes; r++) factor[r] = s.sum[r] == 0.0f ? 1.0f : 1.0f / s.sum[r];
+  for (int c = 0; c < p.Dv; c++)
+    for (int r = 0; r < kLanes; r++) s.out[c * kLanes + r] *= factor[r];
+  const int64_t stride = int64_t(p.N) * p.Dv;
+  k.attention->transpose(s.out, kLanes, p.Dv, count, p.out + first * stride + n * p.Dv, stride);
+  for (int r = 0; r < count; r++)
+    if (strip.limit[r] > 0 || !p.continue_state)  // else nothing was added, and the way to base 2 and back may round
+      p.lse[(first + r) * p.N + n] = log_sum_exp(s.maximum[r], s.sum[r]);
 }
 
 // Head n, queries [begin, begin + count) of sequence b.
 void attend_block(const Kernels& k, const MlaPrefillParams<float>& p, int b, int n, int begin, int count) {
-  const int key_start = p.cu_seqlens_k[b], key_count = p.cu_seqlens_k[b + 1] - key_start;
+  alignas(64) float scratch[kScratch];
+  Strip strips[kMaxStrips];
+  const int key_dim = p.Dn + p.R, n_strips = (count + kLanes - 1) / kLanes;
+  const int64_t key_start = p.cu_seqlens_k[b], key_count = p.cu_seqlens_k[b + 1] - key_start;
   const int64_t first = p.cu_seqlens_q[b] + begin;
-  const bool side_by_side = std::max(p.Dn + p.R, p.Dv) <= kColumns;
-  QueryRows rows;
-  AttentionState s;
-  const float* q[kMaxQueries] = {};
-  int64_t limit[kMaxQueries] = {};
-  for (int i = 0; i < count; i++) {
-    q[i] = p.q + (first + i) * p.q_stride_t + n * p.q_stride_n;
-    s.out[i] = p.out + ((first + i) * p.N + n) * p.Dv;
-    if (side_by_side) {
-      q[i] = std::copy_n(q[i], p.Dn + p.R, rows.q + i * kColumns) - (p.Dn + p.R);
-      s.out[i] = rows.out + i * kColumns;
+  for (int i = 0; i < n_strips; i++) {
+    Strip& s = strips[i];
+    float* q = scratch + i * (key_dim * kLanes + State::size(p.Dv));
+    s.q = q;
+    s.state = State(q + key_dim * kLanes, p.Dv);
+    for (int r = 0; r < kLanes; r++) {
+      const int query = i * kLanes + r;
+      s.limit[r] =
+          query < count ? std::clamp<int64_t>(int64_t(begin) + query + p.causal_offsets[b] + 1, 0, key_count) : 0;
     }
-    limit[i] = std::clamp<int64_t>(int64_t(begin) + i + p.causal_offsets[b] + 1, 0, key_count);
-    start_state(p, (first + i) * p.N + n, i, s);
+    load_strip(k, p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, q, s.state);
   }
+  const int64_t seen = strips[n_strips - 1].limit[(count - 1) % kLanes];
   const float* kv = p.kv + key_start * p.kv_stride_s + n * p.kv_stride_n;
   const float* k_pe = p.k_pe + key_start * p.k_pe_stride;
-  auto load_key = [&](int64_t j, int column, int columns, float* out) {
-    copy_joined(kv + j * p.kv_stride_s, p.Dn, k_pe + j * p.k_pe_stride, column, columns, out);
-  };
-  auto load_value = [&](int64_t j, int column, int columns, float* out) {
-    std::copy_n(kv + j * p.kv_stride_s + p.Dn + column, columns, out);
-  };
-  attend(k, q, count, limit, p.Dn + p.R, p.Dv, p.scale, limit[count - 1], load_key, load_value, s);
-  for (int i = 0; i < count; i++) finish_state(k, p, (first + i) * p.N + n, i, s);
+  // A row of the panel: k_nope, k_pe, value.
+  attend(k, strips, n_strips, {key_dim + p.Dv, key_dim, key_dim, p.Dv}, p.scale, seen, [&](int64_t j, float* out) {
+    const float* row = kv + j * p.kv_stride_s;
+    out = std::copy_n(row, p.Dn, out);
+    out = std::copy_n(k_pe + j * p.k_pe_stride, p.R, out);
+    std::copy_n(row + p.Dn, p.Dv, out);
+  });
+  for (int i = 0; i < n_strips; i++)
+    store_strip(k, p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, strips[i]);
 }
 
 }  // namespace
 
 void mla_prefill(const MlaPrefillParams<float>& p) {
   const Kernels& k = kernels();
+  const int block = strips_in_scratch(p.Dn + p.R + p.Dv + 2) * kLanes;
   for (int b = 0; b < p.B; b++) {
     const int queries = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
-    const int64_t blocks = (queries + kMaxQueries - 1) / kMaxQueries;
+    const int64_t blocks = (queries + block - 1) / block;
     parallel_for(p.N * blocks, 1, [&](int64_t item, int64_t) {
       // The blocks of one head follow each other: its keys and values stay in the cache.
-      const int n = int(item / blocks), begin = int(item % blocks) * kMaxQueries;
-      attend_block(k, p, b, n, begin, std::min(kMaxQueries, queries - begin));
+      const int n = int(item / blocks), begin = int(item % blocks) * block;
+      attend_block(k, p, b, n, begin, std::min(block, queries - begin));
     });
   }
 }

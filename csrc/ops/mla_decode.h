@@ -23,6 +23,7 @@ struct MlaDecodeParams {
 };
 
 namespace cpu {
+constexpr int kMaxMlaDecodeWidth = 2048;  // of C + R
 size_t mla_decode_workspace(const MlaDecodeParams<float>& p);
 void mla_decode(const MlaDecodeParams<float>& p);
 }  // namespace cpu

@@ -24,6 +24,7 @@ struct MlaPrefillParams {
 };
 
 namespace cpu {
+constexpr int kMaxMlaPrefillWidth = 2048;  // of Dn + R + Dv
 void mla_prefill(const MlaPrefillParams<float>& p);
 }  // namespace cpu
 namespace cuda {

@@ -198,9 +198,30 @@ def test_largest_score_moves(on, rng, C, R):
     decode(on, given | {"scale": 1.0})
 
 
-@pytest.mark.kernels("gpu")  # the softmax of the CPU drops NaN
+@pytest.mark.kernels("cpu")
+def test_a_score_of_minus_infinity_weighs_nothing(on, rng):
+    """In some keys of a run, in all of a run, in all of a sequence."""
+    given = random_arguments(rng, [300, 900, 40], 16, 3, 16, 8, Q=2)
+    given["q"][..., 16:] = 1
+    for b, hidden in enumerate((np.arange(0, 300, 3), np.arange(50, 600), np.arange(40))):
+        given["cache"][given["page_table"][b, hidden // 16], hidden % 16, 23] = -np.inf
+    out, lse = decode(on, given)
+    assert (out[2] == 0).all() and (lse[2] == -np.inf).all() and np.isfinite(lse[:2]).all()
+
+
+@pytest.mark.kernels("cpu")
+def test_runs_of_groups_of_queries(on, rng):
+    """More heads of queries than share a row, over several runs of keys and a sequence that ends in the first."""
+    decode(on, random_arguments(rng, [700, 3], 64, 17, 512, 64, Q=5))
+
+
+@pytest.mark.kernels("cpu")
+def test_the_widest_rows(on, rng):
+    decode(on, random_arguments(rng, [70], 16, 3, 2000, 48))
+
+
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])
-def test_nan_reaches_those_who_see_it_on_the_gpu(on, rng, C, R):
+def test_nan_reaches_those_who_see_it(on, rng, C, R):
     given = random_arguments(rng, [70, 40], 16, 3, C, R, Q=2, draw=on.normal)
     given["q"][0, 0, 1, 5] = np.nan
     out, lse = on(ops.mla_decode, **given, return_lse=True)
@@ -269,6 +290,11 @@ def test_rejects(rng):
             op(**given | {"q": normal(rng, 2, 1, 3, width)})
     for rank in (-1, 25, 2**31 - 1):
         assert_rejects(op, given, "kv_lora_rank", rank, ValueError)
+
+
+def test_rejects_wider_rows(rng):
+    with pytest.raises(ValueError, match=r"^mla_decode: cache has C \+ R = 2049, expected at most 2048"):
+        ops.mla_decode(**random_arguments(rng, [2], 1, 1, 2000, 49))
 
 
 @pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6])

@@ -294,6 +294,17 @@ def test_strided_inputs(on, rng):
     assert same_bits(on(ops.mla_prefill, **given | apart), expected)
 
 
+@pytest.mark.kernels("cpu")
+def test_the_widest_heads(on, rng):
+    given = random_arguments(rng, [40], [100], 1, 1000, 48, 1000)
+    check(on, given, *on(ops.mla_prefill, **given, return_lse=True))
+
+
+def test_rejects_wider_heads(rng):
+    with pytest.raises(ValueError, match=r"^mla_prefill: q and kv have Dn \+ R \+ Dv = 2049, expected at most 2048"):
+        ops.mla_prefill(**random_arguments(rng, [2], [2], 1, 1000, 48, 1001))
+
+
 def test_rejects(rng):
     op, given = ops.mla_prefill, random_arguments(rng, [4, 3], [4, 9])
     for argument in given.keys() - {"scale"}:

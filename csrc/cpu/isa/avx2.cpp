@@ -74,13 +74,6 @@ void add(float* y, const float* x, int64_t n) {
   for (; i < n; i++) y[i] += x[i];
 }
 
-void scale(float* x, float factor, int64_t n) {
-  const __m256 s = _mm256_set1_ps(factor);
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), s));
-  for (; i < n; i++) x[i] *= factor;
-}
-
 void widen(const bf16* x, float* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_bf16(x + i));
@@ -132,35 +125,6 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   const __m256i mask = first_lanes(n - i);
   const __m256 product = _mm256_mul_ps(silu8(_mm256_maskload_ps(gate + i, mask)), _mm256_maskload_ps(up + i, mask));
   _mm256_maskstore_ps(out + i, mask, product);
-}
-
-float maximum(const float* x, int64_t n) {
-  __m256 largest = _mm256_set1_ps(-__builtin_inff());
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) largest = _mm256_max_ps(_mm256_loadu_ps(x + i), largest);
-  __m128 a = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
-  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
-  float result = _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
-  for (; i < n; i++) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
-float exp_sum(float* x, float maximum, int64_t n) {
-  const __m256 m = _mm256_set1_ps(maximum);
-  __m256 sum = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(x + i), m));
-    _mm256_storeu_ps(x + i, e);
-    sum = _mm256_add_ps(sum, e);
-  }
-  if (i < n) {
-    const __m256i mask = first_lanes(n - i);
-    const __m256 e = exp8(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), m));
-    _mm256_maskstore_ps(x + i, mask, e);
-    sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
-  }
-  return sum_lanes(sum);
 }
 
 // 32 weights: low nibbles are the even inputs, high nibbles the odd ones; q * scale is exact in float32.
@@ -312,18 +276,16 @@ const Kernels avx2_kernels = {
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
     .add = add,
-    .scale = scale,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
-    .maximum = maximum,
-    .exp_sum = exp_sum,
     .decode_int4 = decode_int4,
     .dot_f32 = dot_f32,
     .dot_bf16 = dot_bf16,
     .dot_int4 = dot_int4,
     .quantized = &avx2_quantized_kernels,
+    .attention = &avx2_attention_kernels,
     .add_weighted_rows = add_weighted_rows,
 };
 

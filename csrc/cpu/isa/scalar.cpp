@@ -20,10 +20,6 @@ void add(float* y, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-void scale(float* x, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] *= factor;
-}
-
 void widen(const bf16* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = to_float(x[i]);
 }
@@ -42,18 +38,6 @@ void rope(const float* x, const float* cos, const float* sin, float* out, int64_
 
 void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-}
-
-float maximum(const float* x, int64_t n) {
-  float largest = -INFINITY;
-  for (int64_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-  return largest;
-}
-
-float exp_sum(float* x, float maximum, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += x[i] = expf(x[i] - maximum);
-  return sum;
 }
 
 float int4_value(const uint8_t* packed, int i) { return float((packed[i / 2] >> (i % 2 * 4) & 15) - 8); }
@@ -102,18 +86,16 @@ const Kernels scalar_kernels = {
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
     .add = add,
-    .scale = scale,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
-    .maximum = maximum,
-    .exp_sum = exp_sum,
     .decode_int4 = decode_int4,
     .dot_f32 = dot_f32,
     .dot_bf16 = dot_bf16,
     .dot_int4 = dot_int4,
     .quantized = &scalar_quantized_kernels,
+    .attention = &scalar_attention_kernels,
     .add_weighted_rows = add_weighted_rows,
 };
 
