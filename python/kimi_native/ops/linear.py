@@ -13,7 +13,7 @@ def gemm(x, weight, out=None):
 
     x: float32, on the GPU bfloat16 [T, in], rows may be strided. weight: bfloat16 [out, in].
     out: like x, on the GPU also float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
-    On the CPU a row of the result does not depend on the other rows: any batch size gives the same bits.
+    On the CPU a row of the result has the same bits in every batch of up to 8 rows, and in every larger one.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     if out is None:
