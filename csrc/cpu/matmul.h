@@ -70,6 +70,8 @@ void multiply_block(const Kernels& k, const float* const* x, int tokens, const M
     for (int r = 0; r < rows; r += kStrip) {
       const int64_t ahead = r + kStrip < rows ? int64_t(kStrip) * w.n_in : kBlockK - int64_t(r) * w.n_in;
       w.pack(k, row + r, std::min(kStrip, rows - r), begin, n, ahead, panel);
+      for (int t = tokens * r / rows; t < tokens * (r + kStrip) / rows && t < tokens; t++)  // what is copied next
+        for (int i = 0; i < kBlockK; i += 16) __builtin_prefetch(x[t] + begin + kBlockK + i, 0, 2);
       k.gemm->multiply(x_panel, kPanelStride, tokens, panel, n, sums + r, kBlockRows);
     }
   }
