@@ -35,12 +35,16 @@ struct GemmKernels {
                    int out_stride);
   void (*few_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int n, float* out, int out_stride);
+  void (*few_int8)(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
+                   int64_t scale_stride, int rows, int n, float* out, int out_stride);
   // panel[i * kStrip + r] = w[r][i] for rows <= kStrip, or w[i][r]; what lies beyond `rows` is any number. `ahead` is
   // the way from w to what will be packed next, to ask for it.
   void (*pack_bf16)(const bf16* w, int64_t w_stride, int64_t ahead, int rows, int n, float* panel);
   void (*pack_bf16_transposed)(const bf16* w, int64_t w_stride, int rows, int n, float* panel);
   void (*pack_int4)(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride,
                     int rows, int n, float* panel);
+  void (*pack_int8)(const int8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
+                    int n, float* panel);
   // sums[t * sums_stride + r] += sum_i x[t * x_stride + i] * panel[i * kStrip + r] for r < kStrip, i ascending
   void (*multiply)(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
                    int sums_stride);

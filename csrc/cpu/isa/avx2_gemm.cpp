@@ -27,6 +27,7 @@ __m256 load_bf16(const bf16* p) {
 }
 
 void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+void prefetch_l2(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
 // out[t * out_stride + r * step] += x[t] . w[r * step] for r < kRows. Lane j of a sum holds the inputs k = j mod 8.
 // What lies `ahead` is asked for.
@@ -92,42 +93,59 @@ void few_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride
     }
 }
 
-// The order of 16 inputs that a group of weights comes in: 0 4 8 12 1 5 9 13, 2 6 10 14 3 7 11 15.
-void put_in_order(const float* x, int n, float* ordered) {
-  for (int i = 0; i < n; i += 16) {
-    __m128 v[4];
-    for (int j = 0; j < 4; j++) v[j] = _mm_loadu_ps(x + i + 4 * j);
-    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
-    for (int j = 0; j < 4; j++) _mm_store_ps(ordered + i + 4 * j, v[j]);
-  }
-}
-
 __m256i table(int64_t first, int64_t last) { return _mm256_setr_epi64x(first, last, first, last); }
 
-// 32 weights without their scale. The low lane has the even inputs, which are the low nibbles, the high lane the odd
-// ones. Two tables give the two bytes of q as bf16.
-void decode_group(const uint8_t* packed, __m256 out[4]) {
-  const __m256i high = table(int64_t(0xbfc0c0c0c0c0c0c1), 0x4040404040403f00);
-  const __m256i low = table(int64_t(0x80004080a0c0e000), int64_t(0xe0c0a08040008000));
-  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-  const __m256i nibbles =
-      _mm256_and_si256(_mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
-  const __m256i a = _mm256_shuffle_epi8(low, nibbles), b = _mm256_shuffle_epi8(high, nibbles);
-  const __m256i first = _mm256_unpacklo_epi8(a, b), last = _mm256_unpackhi_epi8(a, b);
-  out[0] = _mm256_castsi256_ps(even_halves(first)), out[1] = _mm256_castsi256_ps(odd_halves(first));
-  out[2] = _mm256_castsi256_ps(even_halves(last)), out[3] = _mm256_castsi256_ps(odd_halves(last));
-}
+// Formats of 32 weights without their scale, and the order in which they come out.
+struct Int4 {
+  static constexpr int kGroupBytes = 16;
+
+  // 0 4 8 12 1 5 9 13, 2 6 10 14 3 7 11 15
+  static void put_in_order(const float* x, int n, float* ordered) {
+    for (int i = 0; i < n; i += 16) {
+      __m128 v[4];
+      for (int j = 0; j < 4; j++) v[j] = _mm_loadu_ps(x + i + 4 * j);
+      _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+      for (int j = 0; j < 4; j++) _mm_store_ps(ordered + i + 4 * j, v[j]);
+    }
+  }
+
+  // The low lane has the even inputs, which are the low nibbles, the high lane the odd ones. Two tables give the two
+  // bytes of q as bf16.
+  static void decode(const uint8_t* packed, __m256 out[4]) {
+    const __m256i high = table(int64_t(0xbfc0c0c0c0c0c0c1), 0x4040404040403f00);
+    const __m256i low = table(int64_t(0x80004080a0c0e000), int64_t(0xe0c0a08040008000));
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m256i nibbles =
+        _mm256_and_si256(_mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
+    const __m256i a = _mm256_shuffle_epi8(low, nibbles), b = _mm256_shuffle_epi8(high, nibbles);
+    const __m256i first = _mm256_unpacklo_epi8(a, b), last = _mm256_unpackhi_epi8(a, b);
+    out[0] = _mm256_castsi256_ps(even_halves(first)), out[1] = _mm256_castsi256_ps(odd_halves(first));
+    out[2] = _mm256_castsi256_ps(even_halves(last)), out[3] = _mm256_castsi256_ps(odd_halves(last));
+  }
+};
+
+struct Int8 {
+  static constexpr int kGroupBytes = 32;
+
+  static void put_in_order(const float* x, int n, float* ordered) { __builtin_memcpy(ordered, x, n * sizeof(float)); }
+
+  static void decode(const uint8_t* w, __m256 out[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      out[j] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + 8 * j))));
+  }
+};
 
 // out[t * out_stride] += x[t] . w, x in order. A group is summed before it is scaled. What lies `ahead` is asked for.
-template <int kTokens>
-void add_few_int4(const float* const* x, const uint8_t* w, int64_t ahead, const bf16* scale, int64_t scale_ahead,
-                  int groups, float* out, int out_stride) {
+template <class Format, int kTokens>
+void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, const bf16* scale, int64_t scale_ahead,
+                    int groups, float* out, int out_stride) {
   __m256 sum[kTokens];
 #pragma GCC unroll 4
   for (auto& s : sum) s = _mm256_setzero_ps();
   const auto add_group = [&](int g, __m256i s) {
     __m256 q[4];
-    decode_group(w + 16 * g, q);
+    Format::decode(w + Format::kGroupBytes * g, q);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; t++) {
       const float* xs = x[t] + 32 * g;
@@ -138,7 +156,7 @@ void add_few_int4(const float* const* x, const uint8_t* w, int64_t ahead, const 
   };
   int g = 0;
   for (; g + 4 <= groups; g += 4) {
-    prefetch(w + 16 * g + ahead);
+    for (int i = 0; i < 4 * Format::kGroupBytes; i += 64) prefetch(w + Format::kGroupBytes * g + i + ahead);
     if (g % 32 == 0) prefetch(scale + g + scale_ahead);
     for (int j = g; j < g + 4; j += 2) {
       int pair;
@@ -153,22 +171,36 @@ void add_few_int4(const float* const* x, const uint8_t* w, int64_t ahead, const 
   for (int t = 0; t < kTokens; t++) out[t * out_stride] += sum_lanes(sum[t]);
 }
 
-void few_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
+template <class Format>
+void few_groups(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+                int64_t scale_stride, int rows, int n, float* out, int out_stride) {
   for (int t = 0; t < tokens; t++)
     for (int r = 0; r < rows; r++) out[t * out_stride + r] = 0;
-  constexpr decltype(&add_few_int4<1>) kAdd[] = {add_few_int4<1>, add_few_int4<2>, add_few_int4<3>, add_few_int4<4>};
+  constexpr decltype(&add_few_groups<Format, 1>) kAdd[] = {add_few_groups<Format, 1>, add_few_groups<Format, 2>,
+                                                           add_few_groups<Format, 3>, add_few_groups<Format, 4>};
+  constexpr int kGroups = kFewInputs / 32, kBytes = kGroups * Format::kGroupBytes;
   alignas(64) float ordered[kFewTile][kFewInputs];
   const float* xs[kFewTile] = {ordered[0], ordered[1], ordered[2], ordered[3]};
-  for (int begin = 0; begin < n; begin += kFewInputs)
+  for (int i = 0; i * kFewInputs < n; i++)
     for (int t = 0; t < tokens; t += kFewTile) {
-      const int some = least(kFewTile, tokens - t), size = least(kFewInputs, n - begin);
-      for (int j = 0; j < some; j++) put_in_order(x[t + j] + begin, size, ordered[j]);
+      const int some = least(kFewTile, tokens - t), size = least(kFewInputs, n - i * kFewInputs);
+      for (int j = 0; j < some; j++) Format::put_in_order(x[t + j] + i * kFewInputs, size, ordered[j]);
       for (int r = 0; r < rows; r++)
-        kAdd[some - 1](xs, w + r * w_stride + begin / 2, to_next(r, rows, w_stride, kFewInputs / 2),
-                       scale + r * scale_stride + begin / 32, to_next(r, rows, scale_stride, kFewInputs / 32),
-                       size / 32, out + t * out_stride + r, out_stride);
+        kAdd[some - 1](xs, w + r * w_stride + i * kBytes, to_next(r, rows, w_stride, kBytes),
+                       scale + r * scale_stride + i * kGroups, to_next(r, rows, scale_stride, kGroups), size / 32,
+                       out + t * out_stride + r, out_stride);
     }
+}
+
+void few_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
+  few_groups<Int4>(x, tokens, w, w_stride, scale, scale_stride, rows, n, out, out_stride);
+}
+
+void few_int8(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
+  few_groups<Int8>(x, tokens, reinterpret_cast<const uint8_t*>(w), w_stride, scale, scale_stride, rows, n, out,
+                   out_stride);
 }
 
 // The row that lane j of a strip has, or the last one where there is none.
@@ -208,7 +240,7 @@ void pack_bf16(const bf16* w, int64_t w_stride, int64_t ahead, int rows, int n, 
   if (rows == kStrip)
     for (; k + 8 <= n; k += 8) {
       if (k % 32 == 0)
-        for (int j = 0; j < kStrip; j++) prefetch(w + j * w_stride + k + ahead);
+        for (int j = 0; j < kStrip; j++) prefetch_l2(w + j * w_stride + k + ahead);
       pack_eight(w + k, w_stride, panel + k * kStrip);
     }
   for (; k < n; k++)
@@ -227,43 +259,61 @@ void pack_bf16_transposed(const bf16* w, int64_t w_stride, int rows, int n, floa
   }
 }
 
-// One word of eight rows: eight inputs of each. q * scale is exact in float32.
-template <int kNibble = 0>
-void pack_nibbles(__m256i words, __m256 scale, float* panel) {
-  if constexpr (kNibble < 8) {
-    const __m256i q = _mm256_srai_epi32(_mm256_slli_epi32(words, 28 - 4 * kNibble), 28);
-    _mm256_store_ps(panel + kNibble * kStrip, _mm256_mul_ps(_mm256_cvtepi32_ps(q), scale));
-    pack_nibbles<kNibble + 1>(words, scale, panel);
+// One word of eight rows: 32 / kBits inputs of each. q * scale is exact in float32.
+template <int kBits, int kField = 0>
+void pack_words(__m256i words, __m256 scale, float* panel) {
+  if constexpr (kField < 32 / kBits) {
+    const __m256i q = _mm256_srai_epi32(_mm256_slli_epi32(words, 32 - kBits * (kField + 1)), 32 - kBits);
+    _mm256_store_ps(panel + kField * kStrip, _mm256_mul_ps(_mm256_cvtepi32_ps(q), scale));
+    pack_words<kBits, kField + 1>(words, scale, panel);
+  }
+}
+
+// 16 bytes of eight rows from the one at `first`. XORed with `sign` their integers are in two's complement.
+template <int kBits>
+void pack_piece(const uint8_t* w, int64_t w_stride, int first, int rows, int sign, __m256 scale, float* panel) {
+  constexpr int kWord = 32 / kBits * kStrip;  // floats of the panel
+  __m256i v[4];
+  for (int j = 0; j < 4; j++) {
+    const auto at = [&](int r) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row_of(first + r, rows) * w_stride));
+    };
+    v[j] =
+        _mm256_xor_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(at(j)), at(j + 4), 1), _mm256_set1_epi32(sign));
+  }
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  pack_words<kBits>(_mm256_unpacklo_epi64(a, b), scale, panel);
+  pack_words<kBits>(_mm256_unpackhi_epi64(a, b), scale, panel + kWord);
+  pack_words<kBits>(_mm256_unpacklo_epi64(c, d), scale, panel + 2 * kWord);
+  pack_words<kBits>(_mm256_unpackhi_epi64(c, d), scale, panel + 3 * kWord);
+}
+
+template <int kBits>
+void pack_groups(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
+                 int n, int sign, float* panel) {
+  constexpr int kGroupBytes = 4 * kBits;
+  for (int g = 0; g < n / 32; g++, w += kGroupBytes, panel += 32 * kStrip) {
+    if (g * kGroupBytes % 64 == 0)
+      for (int j = 0; j < rows; j++) prefetch_l2(w + j * w_stride + ahead);
+    for (int first = 0; first < kStrip; first += 8) {
+      alignas(32) uint32_t bits[8];
+      for (int j = 0; j < 8; j++) bits[j] = uint32_t(scale[row_of(first + j, rows) * scale_stride + g].bits) << 16;
+      const __m256 s = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
+      for (int i = 0; i < kGroupBytes; i += 16)
+        pack_piece<kBits>(w + i, w_stride, first, rows, sign, s, panel + i * 8 / kBits * kStrip + first);
+    }
   }
 }
 
 void pack_int4(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
                int n, float* panel) {
-  const __m256i eight = _mm256_set1_epi32(int(0x88888888));  // turns a nibble q + 8 into q in two's complement
-  for (int i = 0; i < n; i += 32) {
-    if (i % 128 == 0)
-      for (int j = 0; j < rows; j++) prefetch(w + j * w_stride + i / 2 + ahead);
-    for (int half = 0; half < 2; half++) {
-      alignas(32) uint32_t bits[8];
-      __m256i v[4];
-      for (int j = 0; j < 8; j++)
-        bits[j] = uint32_t(scale[row_of(8 * half + j, rows) * scale_stride + i / 32].bits) << 16;
-      for (int j = 0; j < 4; j++) {
-        const auto at = [&](int r) {
-          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row_of(8 * half + r, rows) * w_stride + i / 2));
-        };
-        v[j] = _mm256_xor_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(at(j)), at(j + 4), 1), eight);
-      }
-      const __m256 s = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
-      const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
-      const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-      float* to = panel + i * kStrip + 8 * half;
-      pack_nibbles(_mm256_unpacklo_epi64(a, b), s, to);
-      pack_nibbles(_mm256_unpackhi_epi64(a, b), s, to + 8 * kStrip);
-      pack_nibbles(_mm256_unpacklo_epi64(c, d), s, to + 16 * kStrip);
-      pack_nibbles(_mm256_unpackhi_epi64(c, d), s, to + 24 * kStrip);
-    }
-  }
+  pack_groups<4>(w, w_stride, ahead, scale, scale_stride, rows, n, int(0x88888888), panel);
+}
+
+void pack_int8(const int8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
+               int n, float* panel) {
+  pack_groups<8>(reinterpret_cast<const uint8_t*>(w), w_stride, ahead, scale, scale_stride, rows, n, 0, panel);
 }
 
 template <int kTokens>
@@ -305,9 +355,11 @@ void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, 
 const GemmKernels avx2_gemm_kernels = {
     .few_bf16 = few_bf16,
     .few_int4 = few_int4,
+    .few_int8 = few_int8,
     .pack_bf16 = pack_bf16,
     .pack_bf16_transposed = pack_bf16_transposed,
     .pack_int4 = pack_int4,
+    .pack_int8 = pack_int8,
     .multiply = multiply,
 };
 
