@@ -39,6 +39,9 @@ class Host:
     def int4(self, rng, n_out, n_in):
         return shapes.random_int4(rng, n_out, n_in)
 
+    def int8(self, rng, n_out, n_in):
+        return shapes.random_int8(rng, n_out, n_in)
+
     def experts(self, rng, E, n_out, n_in, quantized=True):
         """(arrays, ExpertWeights of E matrices). arrays: E tuples (packed, scale) or (bf16,)."""
         draw = self.int4 if quantized else lambda *a: (self.bf16(*a),)

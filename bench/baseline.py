@@ -29,6 +29,19 @@ def gemm_int4(x, packed, scale):
     return np.concatenate([x @ block.T for block in blocks], axis=1)
 
 
+def gemm_int8(x, weight, scale):
+    """x @ (weight * scale).T, in blocks of rows as gemm."""
+    rows = max(1, _BLOCK // x.shape[1])
+
+    def block(start):
+        scales = scale[start : start + rows].astype(np.float32)[..., None]
+        groups = weight[start : start + rows].astype(np.float32).reshape(*scales.shape[:2], -1)
+        groups *= scales
+        return x @ groups.reshape(len(groups), -1).T
+
+    return np.concatenate([block(start) for start in range(0, len(weight), rows)], axis=1)
+
+
 def matmul(x, weight):
     """x @ w.T of a stored weight, (packed, scale) or (bf16,)."""
     return (gemm_int4 if len(weight) == 2 else gemm)(x, *weight)

@@ -25,7 +25,7 @@ RMS_NORM_EPS = 1e-5
 VOCAB = 163840
 SOFTMAX_SCALE = QK_HEAD_DIM**-0.5
 PAGE_SIZE = 64  # tokens, as kimi_native.cache allocates them
-INT4_GROUP = 32
+INT4_GROUP = INT8_GROUP = 32
 
 # [out, in] of the bf16 matrices of a layer, of the router and of the head
 PROJECTIONS = {
@@ -45,6 +45,7 @@ EXPERT_DOWN = (HIDDEN, MOE_INTERMEDIATE)
 BENCH_EXPERTS = 32  # of a layer's 384: 793 MB in INT4, more than any cache holds
 
 BYTES_INT4 = 0.5 + 2 / INT4_GROUP  # of a packed weight with its share of the scale
+BYTES_INT8 = 1 + 2 / INT8_GROUP
 BYTES_BF16, BYTES_F32 = 2, 4
 
 
@@ -125,6 +126,11 @@ DENSE = Cases(  # (name, T): no more than 512 rows of logits
     cpu=tuple((name, T) for name in PROJECTIONS for T in (1, *_PROMPTS.get(name, ()))),
     gpu=tuple((name, T) for name in PROJECTIONS for T in STEPS if name != "lm_head" or T <= 512),
     quick=tuple((name, T) for name in ("q_a_proj", "o_proj", "router") for T in (1, 4096)),
+)
+DENSE_INT8 = Cases(  # (name, T); the CPU's alone
+    cpu=tuple((name, T) for name in ("q_a_proj", "o_proj", "lm_head") for T in (1, *_PROMPTS.get(name, ()))),
+    gpu=(),
+    quick=(),
 )
 DENSE_INT4 = Cases(  # (T, out, in)
     cpu=tuple((T, *EXPERT_UP) for T in (1, 4, 16, 64, 256)),
@@ -215,6 +221,12 @@ def random_int4(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[np.nda
     """(weight_packed int32 [out, in / 8], weight_scale bfloat16 [out, in / 32]) with all 16 nibbles."""
     packed = rng.integers(-(2**31), 2**31, (n_out, n_in // 8), np.int32)
     return packed, np.abs(random_bf16(rng, n_out, n_in // INT4_GROUP))
+
+
+def random_int8(rng: np.random.Generator, n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
+    """(weight int8 [out, in], weight_scale bfloat16 [out, in / 32]) with all 256 codes."""
+    weight = rng.integers(-128, 128, (n_out, n_in), np.int8)
+    return weight, np.abs(random_bf16(rng, n_out, n_in // INT8_GROUP))
 
 
 def random_ids(rng: np.random.Generator, T: int, E: int = BENCH_EXPERTS) -> np.ndarray:

@@ -11,6 +11,7 @@ import threading
 import time
 
 import kimi_native as kn
+import numpy as np
 import pytest
 from kimi_native import __main__ as cli
 from kimi_native import chat, ops
@@ -70,6 +71,8 @@ SAMPLING += [
     "--repetition-penalty",
     "--presence-penalty",
     "--frequency-penalty",
+    "--activations",
+    "--dense",
     "--cache-dtype",
     "--instant",
 ]
@@ -158,8 +161,11 @@ def test_generate_options_reach_the_sampler(run, folder, monkeypatch):
     texts = ["--stop", "a", "--stop", "b c", "--system", "Be brief.", "--cache-dtype", "float32", "--max-new-tokens", 7]
     numbers = ["--temperature", 0.3, "--top-p", 0.5, "--top-k", 9, "--min-p", 0.1, "--seed", 5]
     penalties = ["--repetition-penalty", 1.1, "--presence-penalty", 0.2, "--frequency-penalty", 0.4]
-    assert run("generate", "--model", folder, "Hello", *texts, *numbers, *penalties)[0] == 0
-    assert seen.pop("model").cache_dtype == "float32"
+    formats = ["--dense", "int8", "--activations", "float32"]
+    assert run("generate", "--model", folder, "Hello", *texts, *numbers, *penalties, *formats)[0] == 0
+    model = seen.pop("model")
+    assert model.cache_dtype == "float32" and model.lm_head.arrays[0].dtype == np.int8
+    assert model.layers[-1].mlp.activations == "float32"
     assert callable(seen.pop("progress"))
     assert seen.pop("stats").output_tokens == 0
     assert seen == {

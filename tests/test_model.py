@@ -6,6 +6,7 @@ Differences are the largest over all logits, in standard deviations of the expec
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import kimi_native as kn
@@ -20,6 +21,7 @@ from kimi_native.config import Config, ConfigError, RopeScaling
 from kimi_native.info import describe
 from kimi_native.tiny_config import published_config
 from reference import model as reference
+from reference import quantize_int8
 
 FLOAT32 = 2e-5  # 6e-6 at most were seen
 # Against a reference that rounds the rows of the cache as well. A float32 sum on the other side of a rounding boundary
@@ -309,6 +311,28 @@ def test_rope_tables_carry_the_ratio_of_both_mscales(published):
 
 def test_bytes_per_token_are_those_of_info(case):
     assert case.model.bytes_per_token == describe(case.folder).bytes_per_token
+
+
+def test_dense_int8(loaded, isa):
+    """As the reference with all matrices outside the experts rounded, but for router and kv_b_proj."""
+    tensors, saved, seen = tensors_of(loaded.folder), 0, []
+    for name in filter(re.compile(r"(?!.*(\.experts\.|kv_b_)).*(_proj\w*|lm_head)\.weight").fullmatch, list(tensors)):
+        q, scale = quantize_int8(tensors[name])
+        saved += tensors[name].nbytes - q.nbytes - scale.nbytes
+        tensors[name] = np.float64(q) * np.repeat(np.float64(scale), 32, axis=1)
+    options = {"cache_dtype": "float32", "activations": "float32", "dense": "int8"}
+    model = kn.load(loaded.folder, **options, progress=lambda *counts: seen.append(counts))
+    assert_near(prefill(model), reference.logits(tensors, model.config.text_config, TOKENS))
+    assert_near(in_chunks(model, [1] * LENGTH), reference.logits(tensors, model.config.text_config, TOKENS))
+    assert model.bytes_per_token == loaded.model.bytes_per_token - saved
+    assert seen[-1] == (len(model.layers), len(model.layers))
+
+
+def test_dense_is_refused(folder):
+    with pytest.raises(ValueError, match="dense is 'int4', expected 'bfloat16' or 'int8'"):
+        kn.load(folder, dense="int4")
+    with pytest.raises(ValueError, match="dense is 'int8', which is for device 'cpu' alone"):
+        kn.load(folder, device="cuda", dense="int8")
 
 
 # Mixed formats, and checkpoints that do not fit

@@ -23,10 +23,11 @@ constexpr DType dtype_of() {
   if constexpr (std::is_same_v<T, bf16>) return DType::BF16;
   if constexpr (std::is_same_v<T, int32_t>) return DType::I32;
   if constexpr (std::is_same_v<T, int64_t>) return DType::I64;
+  if constexpr (std::is_same_v<T, int8_t>) return DType::I8;
 }
 
 inline const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "int32", "int64"};
+  constexpr const char* kNames[] = {"float32", "bfloat16", "int32", "int64", "int8"};
   return kNames[int(dtype)];
 }
 
@@ -103,7 +104,7 @@ class Args {
 
   // First byte and one past the last byte that the array touches.
   static std::pair<const char*, const char*> extent(const Tensor& t) {
-    constexpr int kSizes[] = {4, 2, 4, 8};
+    constexpr int kSizes[] = {4, 2, 4, 8, 1};
     const char *first = static_cast<const char*>(t.data), *last = first;
     if (empty(t)) return {first, first};
     for (int i = 0; i < t.ndim; i++) {

@@ -4,6 +4,7 @@
 #include "ops/dequantize_int4.h"
 #include "ops/gemm.h"
 #include "ops/gemm_int4.h"
+#include "ops/gemm_int8.h"
 #include "ops/silu_and_mul.h"
 
 namespace kimi {
@@ -66,6 +67,37 @@ void gemm_int4(On on, Tensor x, Tensor weight_packed, Tensor weight_scale, Tenso
 }
 
 template <class On>
+void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out) {
+  const Args a("gemm_int8", on);
+  Dim T{"T"}, in{"in"}, n_out{"out"};
+  GemmInt8Params p{};
+  p.x = a.strided<const float>("x", x, T, in);
+  Dim groups = part_of(a, "x", in, kInt8Group);
+  p.weight = a.dense<const int8_t>("weight", weight, n_out, in);
+  p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
+  p.out = a.strided<float>("out", out, T, n_out);
+  a.check_apart("out", out, "x", x);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.n_in = in, p.n_out = n_out;
+  nb::gil_scoped_release release;
+  cpu::gemm_int8(p);
+}
+
+template <class On>
+void quantize_int8(On on, Tensor weight, Tensor quantized, Tensor weight_scale) {
+  const Args a("quantize_int8", on);
+  Dim n_out{"out"}, in{"in"};
+  QuantizeInt8Params p{};
+  p.weight = a.dense<const bf16>("weight", weight, n_out, in);
+  Dim groups = part_of(a, "weight", in, kInt8Group);
+  p.quantized = a.dense<int8_t>("quantized", quantized, n_out, in);
+  p.weight_scale = a.dense<bf16>("weight_scale", weight_scale, n_out, groups);
+  p.n_out = n_out, p.n_in = in;
+  nb::gil_scoped_release release;
+  cpu::quantize_int8(p);
+}
+
+template <class On>
 void dequantize_int4(On on, Tensor weight_packed, Tensor weight_scale, Tensor out) {
   const Args a("dequantize_int4", on);
   Dim n_out{"out"}, in{"in"};
@@ -113,6 +145,8 @@ void register_linear(nb::module_& m) {
   KIMI_DEFINE_CPU(m, gemm);
   KIMI_DEFINE_CPU(m, batched_gemm);
   KIMI_DEFINE(m, gemm_int4);
+  KIMI_DEFINE_CPU(m, gemm_int8);
+  KIMI_DEFINE_CPU(m, quantize_int8);
   KIMI_DEFINE(m, dequantize_int4);
   KIMI_DEFINE(m, quantize_int4);
   KIMI_DEFINE(m, silu_and_mul);

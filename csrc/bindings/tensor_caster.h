@@ -40,6 +40,7 @@ struct type_caster<kimi::Tensor> {
     if (kind == 'u' && itemsize == 2) return kimi::DType::BF16;
     if (kind == 'i' && itemsize == 4) return kimi::DType::I32;
     if (kind == 'i' && itemsize == 8) return kimi::DType::I64;
+    if (kind == 'i' && itemsize == 1) return kimi::DType::I8;
     return kimi::DType::Other;
   }
 
@@ -47,7 +48,7 @@ struct type_caster<kimi::Tensor> {
     if (!format || format[0] == '\0' || format[1] != '\0') return '?';
     if (format[0] == 'f') return 'f';
     if (format[0] == 'H') return 'u';
-    return format[0] == 'i' || format[0] == 'l' || format[0] == 'q' ? 'i' : '?';
+    return format[0] == 'b' || format[0] == 'i' || format[0] == 'l' || format[0] == 'q' ? 'i' : '?';
   }
 
   static char kind_of(uint8_t code) {

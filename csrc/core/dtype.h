@@ -11,7 +11,7 @@
 
 namespace kimi {
 
-enum class DType : uint8_t { F32, BF16, I32, I64, Other };
+enum class DType : uint8_t { F32, BF16, I32, I64, I8, Other };
 
 struct bf16 {
   uint16_t bits;

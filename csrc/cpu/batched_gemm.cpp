@@ -6,42 +6,35 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kBlockIn = 64, kBlockOut = 128;  // the transposed panel is 32 KiB
+// Weight matrix [in, out] in bf16: its rows are what a strip is made of, few tokens gain nothing by another way.
+struct TransposedMatrix {
+  const bf16* w;
+  int n_in, n_out;
 
-// out[t][begin..end) = sum_i x[t][i] * W[i][begin..end): rows of W are widened a block at a time and added up.
-void multiply_transposed(const Kernels& k, const BatchedGemmParams& p, int n, int begin, int end) {
-  const bf16* weight = p.weight + n * p.weight_stride_n;
-  const float* x = p.x + n * p.x_stride_n;
-  float* out = p.out + n * p.out_stride_n;
-  for (int t = 0; t < p.T; t++) std::fill(out + t * p.out_stride_t + begin, out + t * p.out_stride_t + end, 0.0f);
-  alignas(64) float panel[kBlockIn * kBlockOut];
-  for (int i = 0; i < p.n_in; i += kBlockIn) {
-    const int rows = std::min(kBlockIn, p.n_in - i);
-    for (int r = 0; r < rows; r++)
-      k.widen(weight + int64_t(i + r) * p.n_out + begin, panel + r * kBlockOut, end - begin);
-    for (int t = 0; t < p.T; t += kTileT) {
-      const int tokens = std::min(kTileT, p.T - t);
-      const float* xs[kTileT];
-      float* outs[kTileT];
-      for (int j = 0; j < tokens; j++)
-        xs[j] = x + (t + j) * p.x_stride_t + i, outs[j] = out + (t + j) * p.out_stride_t + begin;
-      k.add_weighted_rows(xs, tokens, panel, kBlockOut, rows, outs, end - begin);
-    }
+  void few(const Kernels& k, const float* const* x, int tokens, int row, int rows, float* sums) const {
+    multiply_block(k, x, tokens, *this, row, rows, sums);
   }
-}
+  void pack(const Kernels& k, int row, int rows, int begin, int n, int64_t, float* panel) const {
+    k.gemm->pack_bf16_transposed(w + int64_t(begin) * n_out + row, n_out, rows, n, panel);
+  }
+};
 
 }  // namespace
 
 void batched_gemm(const BatchedGemmParams& p) {
   const Kernels& k = kernels();
-  const int block = p.transpose_weight ? kBlockOut : kBlockRows;
-  const int64_t blocks = (p.n_out + block - 1) / block;
-  parallel_for(p.N * blocks, 1, [&](int64_t item, int64_t) {
-    const int n = int(item / blocks), begin = int(item % blocks) * block, end = std::min(p.n_out, begin + block);
-    if (p.transpose_weight) return multiply_transposed(k, p, n, begin, end);
-    const Bf16Matrix weight{p.weight + n * p.weight_stride_n, p.n_in};
-    matmul_rows(k, p.x + n * p.x_stride_n, p.x_stride_t, p.T, weight, begin, end - begin, p.out + n * p.out_stride_n,
-                p.out_stride_t);
+  const Blocks blocks{p.T, p.n_out};
+  parallel_for(p.N * blocks.count(), 1, [&](int64_t item, int64_t) {
+    const int64_t n = item / blocks.count();
+    const bf16* weight = p.weight + n * p.weight_stride_n;
+    const auto multiply = [&](const auto& matrix) {
+      matmul_rows(k, p.x + n * p.x_stride_n, p.x_stride_t, blocks, item % blocks.count(), matrix,
+                  p.out + n * p.out_stride_n, p.out_stride_t);
+    };
+    if (p.transpose_weight)
+      multiply(TransposedMatrix{weight, p.n_in, p.n_out});
+    else
+      multiply(Bf16Matrix{weight, p.n_in});
   });
 }
 

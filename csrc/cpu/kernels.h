@@ -17,8 +17,8 @@ constexpr int kTileT = 6, kTileRows = 4;
 struct QuantizedKernels {
   size_t (*row_bytes)(int n, int digits);
   void (*quantize)(const float* x, int n, int digits, void* row);
-  // out[t * out_stride + r] = x[t] . w[r], strides as in dot_int4 below. Sums over groups may have one order for few
-  // tokens and another for more.
+  // out[t * out_stride + r] = x[t] . w[r], w_stride in bytes, scale_stride in elements. Sums over groups may have one
+  // order for few tokens and another for more.
   void (*dot)(const void* const* x, int tokens, int digits, const uint8_t* w, int64_t w_stride, const bf16* scale,
               int64_t scale_stride, int rows, int n, float* out, int out_stride);
 };
@@ -40,6 +40,33 @@ struct AttentionKernels {
                      float* out);
 };
 
+// Products with stored weights in float32. Few tokens take the weights from where they lie. More multiply a strip of
+// weight rows that is decoded once for all of them: panel [n][kStrip], aligned to 64. w_stride is in
+// bytes where weights are, scale_stride in elements.
+constexpr int kFewTokens = 8, kStrip = 16;
+
+struct GemmKernels {
+  // out[t * out_stride + r] = x[t] . w[r] for tokens <= kFewTokens. A product has one order, whatever tokens and rows
+  // are.
+  void (*few_bf16)(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int n, float* out,
+                   int out_stride);
+  void (*few_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+                   int64_t scale_stride, int rows, int n, float* out, int out_stride);
+  void (*few_int8)(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
+                   int64_t scale_stride, int rows, int n, float* out, int out_stride);
+  // panel[i * kStrip + r] = w[r][i] for rows <= kStrip, or w[i][r]; what lies beyond `rows` is any number. `ahead` is
+  // the way from w to what will be packed next, to ask for it.
+  void (*pack_bf16)(const bf16* w, int64_t w_stride, int64_t ahead, int rows, int n, float* panel);
+  void (*pack_bf16_transposed)(const bf16* w, int64_t w_stride, int rows, int n, float* panel);
+  void (*pack_int4)(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride,
+                    int rows, int n, float* panel);
+  void (*pack_int8)(const int8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
+                    int n, float* panel);
+  // sums[t * sums_stride + r] += sum_i x[t * x_stride + i] * panel[i * kStrip + r] for r < kStrip, i ascending
+  void (*multiply)(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
+                   int sums_stride);
+};
+
 struct Kernels {
   const char* name;
 
@@ -55,10 +82,7 @@ struct Kernels {
 
   // Each product sums over k in one fixed order, whatever `tokens` and `rows` are.
   void (*dot_f32)(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile);
-  void (*dot_bf16)(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile);
-  // k is a multiple of 32; w_stride in bytes, scale_stride in elements.
-  void (*dot_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-                   int64_t scale_stride, int rows, int k, float* tile);
+  const GemmKernels* gemm;
   const QuantizedKernels* quantized;
   const AttentionKernels* attention;
 
@@ -69,6 +93,7 @@ struct Kernels {
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
 extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels;
+extern const GemmKernels scalar_gemm_kernels, avx2_gemm_kernels;
 extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels;
 
 const Kernels& kernels();

@@ -112,6 +112,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="what INT4 experts on the CPU are multiplied by: int16 (default, finer than bfloat16), int8 (faster, 1%% "
         "error a layer), float32 (exact, slower)",
     )
+    add(
+        "--dense",
+        choices=["bfloat16", "int8"],
+        default="bfloat16",
+        help="int8, on the CPU: round the matrices outside the experts while loading, to read half the bytes a token",
+    )
     add("--cache-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the latent cache")
     add(
         "--threads",
@@ -144,6 +150,7 @@ def load(args) -> Model:
             device=args.device,
             experts=args.experts,
             activations=args.activations,
+            dense=args.dense,
             cache_dtype=args.cache_dtype,
             progress=progress,
         )

@@ -20,7 +20,7 @@ from kimi_native.checkpoint import Checkpoint
 from kimi_native.config import Config, TextConfig
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
-from kimi_native.placement import Weights, check_activations, check_device, check_memory
+from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory
 from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
 
@@ -32,20 +32,23 @@ GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
 
 
 class Linear:
-    """x @ weight.T with the weight where it lies, bf16 or packed INT4: whichever the checkpoint has."""
+    """x @ weight.T with the weight where it lies, bf16 or packed INT4: whichever the checkpoint has; or int8."""
 
     def __init__(self, weights: Weights, name: str, n_out: int, n_in: int):
         self.arrays = weights.linear(name, n_out, n_in)
+        self.product = ops.gemm
+        if len(self.arrays) == 2:
+            self.product = ops.gemm_int8 if self.arrays[0].dtype == np.int8 else ops.gemm_int4
 
     def __call__(self, x, out=None):
-        return (ops.gemm if len(self.arrays) == 1 else ops.gemm_int4)(x, *self.arrays, out=out)
+        return self.product(x, *self.arrays, out=out)
 
     def logits(self, x, out) -> None:
         """The product into out, float32 on the GPU too."""
-        if len(self.arrays) == 1:
-            ops.gemm(x, *self.arrays, out=out)
+        if self.product is ops.gemm_int4:
+            out[...] = self(x)
         else:
-            out[...] = ops.gemm_int4(x, *self.arrays)
+            self(x, out=out)
 
 
 class MLA:
@@ -210,28 +213,34 @@ class Model:
         device: str = "cpu",
         experts: str | None = None,
         activations: str = "int16",
+        dense: str = "bfloat16",
         cache_dtype: str = "bfloat16",
         progress: Callable[[int, int], None] | None = None,
         **overrides,
     ):
-        """Map a checkpoint folder as published, and copy it to the GPU for device "cuda". No weight is converted.
+        """Map a checkpoint folder as published, and copy it to the GPU for device "cuda". No weight is converted, but
+        for dense "int8".
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
         when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
-        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). cache_dtype: "bfloat16" or, on the CPU,
-        "float32". progress(done, total) is called after each file's header, then after each layer or, on the GPU, as
-        weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
+        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
+        bf16 matrices outside the experts as it loads them, router and kv_b_proj excepted (see ops.quantize_int8): half
+        the bytes to read for a token, and as many more in memory beside the mapped file. cache_dtype: "bfloat16" or, on
+        the CPU, "float32". progress(done, total) is called after each file's header, then after each layer or, on the
+        GPU, as weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
         for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
         """
         check_device(device, experts)
         check_activations(activations)
+        check_dense(dense, device)
         check_dtype(cache_dtype, device)
         if device == "cuda":
             gpu.check()
         path = Path(path)
         config = Config.from_folder(path, **overrides)
-        model = cls(config, Checkpoint(path, progress), device, experts == "cpu", activations, cache_dtype, progress)
+        checkpoint = Checkpoint(path, progress)
+        model = cls(config, checkpoint, device, experts == "cpu", activations, dense, cache_dtype, progress)
         if (path / "tiktoken.model").exists():
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
@@ -245,6 +254,7 @@ class Model:
         device: str,
         experts_on_host: bool,
         activations: str,
+        dense: str,
         cache_dtype: str,
         progress: Callable[[int, int], None] | None,
     ):
@@ -258,11 +268,11 @@ class Model:
             f"{checkpoint.prefix}model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "BF16"
         )
         activations = activations if device == "cpu" or experts_on_host else "float32"
-        weights = Weights(checkpoint, checkpoint.prefix, activations=activations)
+        weights = Weights(checkpoint, checkpoint.prefix, activations=activations, dense=dense)
         self._build(weights, progress if device == "cpu" else None)
-        dense, experts = weights.read_bytes["dense"], weights.read_bytes["experts"]
         # What one token reads: everything but the embedding table and the experts it is not routed to.
-        self.bytes_per_token = dense + experts * c.num_experts_per_tok // c.n_routed_experts
+        experts = weights.read_bytes["experts"]
+        self.bytes_per_token = weights.read_bytes["dense"] + experts * c.num_experts_per_tok // c.n_routed_experts
         self._place = np.asarray
         if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
             self._place = gpu.put

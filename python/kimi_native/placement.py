@@ -4,6 +4,7 @@ from kimi_native import ops
 from kimi_native.checkpoint import Checkpoint, CheckpointError
 from kimi_native.config import TextConfig
 from kimi_native.ops import gpu
+from kimi_native.ops.linear import GROUP
 from kimi_native.ops.moe import DIGITS
 
 
@@ -19,6 +20,14 @@ def check_activations(activations: str) -> None:
     """Raises ValueError for a format of activations that there is not."""
     if activations not in DIGITS:
         raise ValueError(f"activations is {activations!r}, expected one of: {', '.join(DIGITS)}")
+
+
+def check_dense(dense: str, device: str) -> None:
+    """Raises ValueError for a format of dense weights that there is not, or not on this device."""
+    if dense not in ("bfloat16", "int8"):
+        raise ValueError(f"dense is {dense!r}, expected 'bfloat16' or 'int8'")
+    if dense == "int8" and device == "cuda":
+        raise ValueError("dense is 'int8', which is for device 'cpu' alone; expected 'bfloat16' with device 'cuda'")
 
 
 def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool, tokens: int, keys: int) -> None:
@@ -56,7 +65,8 @@ class Weights:
 
     With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
     add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload. activations:
-    what INT4 experts that stay on the host are multiplied by.
+    what INT4 experts that stay on the host are multiplied by. dense: "int8" rounds what `linear` gives out, experts
+    excepted.
     """
 
     def __init__(
@@ -66,13 +76,15 @@ class Weights:
         upload: gpu.Upload | None = None,
         experts_on_host: bool = False,
         activations: str = "float32",
+        dense: str = "bfloat16",
     ):
         self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
-        self.activations = activations
+        self.activations, self.dense = activations, dense
         self.read_bytes, self.room = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}
 
     def __truediv__(self, name: str) -> "Weights":
-        below = Weights(self.checkpoint, f"{self.prefix}{name}.", self.upload, self.experts_on_host, self.activations)
+        prefix = f"{self.prefix}{name}."
+        below = Weights(self.checkpoint, prefix, self.upload, self.experts_on_host, self.activations, self.dense)
         below.read_bytes, below.room = self.read_bytes, self.room
         return below
 
@@ -85,11 +97,22 @@ class Weights:
         return self.upload(view)
 
     def linear(self, name: str, n_out: int, n_in: int, kind: str = "dense") -> tuple:
-        """(weight,) in bf16 or (weight_packed, weight_scale): INT4 iff weight_packed exists."""
+        """(weight,) in bf16, (weight_packed, weight_scale) in INT4 iff weight_packed exists, or (weight, weight_scale)
+        rounded to int8.
+        """
         if f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
+            if kind == "dense" and self.dense == "int8":
+                return self._rounded(f"{self.prefix}{name}.weight", n_out, n_in)
             return (self.tensor(f"{name}.weight", n_out, n_in, kind=kind),)
         packed = self.tensor(f"{name}.weight_packed", n_out, n_in // 8, dtype="I32", kind=kind)
         return packed, self.tensor(f"{name}.weight_scale", n_out, n_in // 32, kind=kind)
+
+    def _rounded(self, name: str, n_out: int, n_in: int) -> tuple:
+        if n_in % GROUP:
+            raise CheckpointError(f'{name}: has {n_in} inputs, expected a multiple of {GROUP} for dense="int8"')
+        arrays = ops.quantize_int8(self.checkpoint.tensor(name, (n_out, n_in), "BF16"))
+        self.read_bytes["dense"] += sum(array.nbytes for array in arrays)
+        return arrays
 
     def experts(self, name: str, count: int, n_out: int, n_in: int) -> ops.ExpertWeights:
         """One projection of all experts; they must agree on bf16 or INT4."""

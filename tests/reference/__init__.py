@@ -4,7 +4,17 @@ Names and signatures are those of `kimi_native.ops`; what an op does in place is
 """
 
 from .attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
-from .linear import batched_gemm, dequantize_int4, exact_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
+from .linear import (
+    batched_gemm,
+    dequantize_int4,
+    exact_int4,
+    gemm,
+    gemm_int4,
+    gemm_int8,
+    quantize_int4,
+    quantize_int8,
+    silu_and_mul,
+)
 from .moe import (
     ExpertWeights,
     fused_moe,
@@ -28,6 +38,7 @@ __all__ = [
     "fused_moe",
     "gemm",
     "gemm_int4",
+    "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
     "kept_tokens",
@@ -36,6 +47,7 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "quantize_int4",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "silu_and_mul",

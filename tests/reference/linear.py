@@ -30,6 +30,26 @@ def gemm_int4(x, weight_packed, weight_scale):
     return np.float64(x) @ exact_int4(weight_packed, weight_scale).T
 
 
+def gemm_int8(x, weight, weight_scale):
+    """x [T, in] @ (q * scale) transposed."""
+    return np.float64(x) @ (np.float64(weight) * np.repeat(np.float64(weight_scale), GROUP, axis=1)).T
+
+
+def quantize_int8(weight):
+    """(q, scale): scale = bf16(absmax / 127), q = clamp(rint(w / scale), -127, 127), 0 where the scale is 0.
+
+    The two quotients are float32, as the contract says: codes are compared exactly.
+    """
+    rows, columns = weight.shape
+    groups = np.float32(weight).reshape(rows, columns // GROUP, GROUP)
+    finite = np.isfinite(groups).all(axis=-1)
+    groups = np.where(finite[..., None], groups, np.float32(0))
+    scale = (np.abs(groups).max(axis=-1, initial=0) / np.float32(127)).astype(ml_dtypes.bfloat16)
+    divisor = np.where(scale == 0, np.float32(np.inf), np.float32(scale))
+    q = np.clip(np.rint(groups / divisor[..., None]), -127, 127).astype(np.int8)
+    return q.reshape(rows, columns), np.where(finite, scale, ml_dtypes.bfloat16(np.nan))
+
+
 def dequantize_int4(weight_packed, weight_scale):
     """bf16(q * scale), rounded once to nearest even: the product has 12 bits, float32 holds it exactly."""
     with np.errstate(over="ignore"):

@@ -150,94 +150,42 @@ void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t g
   }
 }
 
-// The three weight formats, each a way to add x . w over k to one accumulator per (token, row). Lane j of an
-// accumulator holds the inputs k = j mod 8 in ascending order, for every format and tile size.
-struct F32Rows {
-  const float* w;
-  int64_t stride;
-  static constexpr int kStep = 8;
-  void load(int r, int k, __m256* out) const { out[0] = _mm256_loadu_ps(w + r * stride + k); }
-  float at(int r, int k) const { return w[r * stride + k]; }
-};
-
-struct Bf16Rows {
-  const bf16* w;
-  int64_t stride;
-  static constexpr int kStep = 8;
-  void load(int r, int k, __m256* out) const { out[0] = load_bf16(w + r * stride + k); }
-  float at(int r, int k) const { return to_float(w[r * stride + k]); }
-};
-
-struct Int4Rows {
-  const uint8_t* w;
-  int64_t stride;  // bytes
-  const bf16* scale;
-  int64_t scale_stride;
-  static constexpr int kStep = 32;
-  void load(int r, int k, __m256* out) const {
-    decode_group(w + r * stride + k / 2, scale + r * scale_stride + k / 32, out);
-  }
-  float at(int, int) const { return 0; }  // k is a multiple of 32
-};
-
-template <int kTokens, int kRows, class Rows>
-void dot_block(const float* const* x, const Rows& rows, int k, float* tile) {
+// Lane j of a sum holds the inputs k = j mod 8 in ascending order, for every tile size.
+template <int kTokens, int kRows>
+void dot_block(const float* const* x, const float* w, int64_t w_stride, int k, float* tile) {
   __m256 sums[kTokens][kRows];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm256_setzero_ps();
   int i = 0;
-  for (; i + Rows::kStep <= k; i += Rows::kStep)
+  for (; i + 8 <= k; i += 8)
     for (int r = 0; r < kRows; r++) {
-      __m256 w[Rows::kStep / 8];
-      rows.load(r, i, w);
-      for (int j = 0; j < Rows::kStep / 8; j++)
-        for (int t = 0; t < kTokens; t++)
-          sums[t][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x[t] + i + 8 * j), w[j], sums[t][r]);
+      const __m256 v = _mm256_loadu_ps(w + r * w_stride + i);
+      for (int t = 0; t < kTokens; t++) sums[t][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x[t] + i), v, sums[t][r]);
     }
   for (int t = 0; t < kTokens; t++)
     for (int r = 0; r < kRows; r++) {
       float sum = sum_lanes(sums[t][r]);
-      for (int j = i; j < k; j++) sum += x[t][j] * rows.at(r, j);
+      for (int j = i; j < k; j++) sum += x[t][j] * w[r * w_stride + j];
       tile[t * kTileRows + r] = sum;
     }
 }
 
-Bf16Rows skip(const Bf16Rows& rows, int r) { return {rows.w + r * rows.stride, rows.stride}; }
-F32Rows skip(const F32Rows& rows, int r) { return {rows.w + r * rows.stride, rows.stride}; }
-Int4Rows skip(const Int4Rows& rows, int r) {
-  return {rows.w + r * rows.stride, rows.stride, rows.scale + r * rows.scale_stride, rows.scale_stride};
-}
-
 // 3 to 6 tokens take two rows at a time, so that accumulators and operands fit the 16 registers.
-template <int kTokens, class Rows>
-void dot_tokens(const float* const* x, const Rows& rows, int count, int k, float* tile) {
+template <int kTokens>
+void dot_tokens(const float* const* x, const float* w, int64_t w_stride, int rows, int k, float* tile) {
   constexpr int kRows = kTokens > 2 ? 2 : 4;
   int r = 0;
-  for (; r + kRows <= count; r += kRows) dot_block<kTokens, kRows>(x, skip(rows, r), k, tile + r);
-  for (; r < count; r++) dot_block<kTokens, 1>(x, skip(rows, r), k, tile + r);
-}
-
-template <class Rows>
-void dot(const float* const* x, int tokens, const Rows& rows, int count, int k, float* tile) {
-  if (tokens == 6) return dot_tokens<6>(x, rows, count, k, tile);
-  if (tokens == 5) return dot_tokens<5>(x, rows, count, k, tile);
-  if (tokens == 4) return dot_tokens<4>(x, rows, count, k, tile);
-  if (tokens == 3) return dot_tokens<3>(x, rows, count, k, tile);
-  if (tokens == 2) return dot_tokens<2>(x, rows, count, k, tile);
-  dot_tokens<1>(x, rows, count, k, tile);
+  for (; r + kRows <= rows; r += kRows) dot_block<kTokens, kRows>(x, w + r * w_stride, w_stride, k, tile + r);
+  for (; r < rows; r++) dot_block<kTokens, 1>(x, w + r * w_stride, w_stride, k, tile + r);
 }
 
 void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
-  dot(x, tokens, F32Rows{w, w_stride}, rows, k, tile);
-}
-
-void dot_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile) {
-  dot(x, tokens, Bf16Rows{w, w_stride}, rows, k, tile);
-}
-
-void dot_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int k, float* tile) {
-  dot(x, tokens, Int4Rows{w, w_stride, scale, scale_stride}, rows, k, tile);
+  if (tokens == 6) return dot_tokens<6>(x, w, w_stride, rows, k, tile);
+  if (tokens == 5) return dot_tokens<5>(x, w, w_stride, rows, k, tile);
+  if (tokens == 4) return dot_tokens<4>(x, w, w_stride, rows, k, tile);
+  if (tokens == 3) return dot_tokens<3>(x, w, w_stride, rows, k, tile);
+  if (tokens == 2) return dot_tokens<2>(x, w, w_stride, rows, k, tile);
+  dot_tokens<1>(x, w, w_stride, rows, k, tile);
 }
 
 template <int kTokens>
@@ -282,8 +230,7 @@ const Kernels avx2_kernels = {
     .silu_and_mul = silu_and_mul,
     .decode_int4 = decode_int4,
     .dot_f32 = dot_f32,
-    .dot_bf16 = dot_bf16,
-    .dot_int4 = dot_int4,
+    .gemm = &avx2_gemm_kernels,
     .quantized = &avx2_quantized_kernels,
     .attention = &avx2_attention_kernels,
     .add_weighted_rows = add_weighted_rows,

@@ -40,36 +40,19 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-float int4_value(const uint8_t* packed, int i) { return float((packed[i / 2] >> (i % 2 * 4) & 15) - 8); }
 
 void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t groups) {
   for (int64_t g = 0; g < groups; g++, packed += 16, out += 32)
-    for (int i = 0; i < 32; i++) out[i] = int4_value(packed, i) * to_float(scale[g]);
-}
-
-// weight(r, i) -> float
-template <class Weight>
-void dot(const float* const* x, int tokens, int rows, int k, float* tile, Weight weight) {
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) {
-      float sum = 0;
-      for (int i = 0; i < k; i++) sum += x[t][i] * weight(r, i);
-      tile[t * kTileRows + r] = sum;
-    }
+    for (int i = 0; i < 32; i++) out[i] = float((packed[i / 2] >> (i % 2 * 4) & 15) - 8) * to_float(scale[g]);
 }
 
 void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
-  dot(x, tokens, rows, k, tile, [=](int r, int i) { return w[r * w_stride + i]; });
-}
-
-void dot_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int k, float* tile) {
-  dot(x, tokens, rows, k, tile, [=](int r, int i) { return to_float(w[r * w_stride + i]); });
-}
-
-void dot_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int k, float* tile) {
-  dot(x, tokens, rows, k, tile,
-      [=](int r, int i) { return int4_value(w + r * w_stride, i) * to_float(scale[r * scale_stride + i / 32]); });
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++) {
+      float sum = 0;
+      for (int i = 0; i < k; i++) sum += x[t][i] * w[r * w_stride + i];
+      tile[t * kTileRows + r] = sum;
+    }
 }
 
 void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
@@ -92,8 +75,7 @@ const Kernels scalar_kernels = {
     .silu_and_mul = silu_and_mul,
     .decode_int4 = decode_int4,
     .dot_f32 = dot_f32,
-    .dot_bf16 = dot_bf16,
-    .dot_int4 = dot_int4,
+    .gemm = &scalar_gemm_kernels,
     .quantized = &scalar_quantized_kernels,
     .attention = &scalar_attention_kernels,
     .add_weighted_rows = add_weighted_rows,

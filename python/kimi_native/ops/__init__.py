@@ -1,14 +1,24 @@
 """The kernels. An op runs where its arrays live: NumPy arrays on the CPU, CuPy arrays on the GPU, all in one place.
 
-Activations are float32 on the CPU and bfloat16 on the GPU, weights bfloat16 (ml_dtypes) or packed INT4, router scores,
-log-sum-exps, logits and the residual stream float32 on both. On the GPU an op is queued on CuPy's current stream and
-returns at once; it never waits, so it can be captured in a CUDA graph. RuntimeError, naming the op, from a GPU whose
-compute capability is below 8.0, from a launch that fails, and from a build without CUDA kernels.
+Activations are float32 on the CPU and bfloat16 on the GPU, weights bfloat16 (ml_dtypes), packed INT4 or, on the CPU,
+int8; router scores, log-sum-exps, logits and the residual stream are float32 on both. On the GPU an op is queued on
+CuPy's current stream and returns at once; it never waits, so it can be captured in a CUDA graph. RuntimeError, naming
+the op, from a GPU whose compute capability is below 8.0, from a launch that fails, and from a build without CUDA
+kernels.
 """
 
 from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
 from kimi_native.ops.attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
-from kimi_native.ops.linear import batched_gemm, dequantize_int4, gemm, gemm_int4, quantize_int4, silu_and_mul
+from kimi_native.ops.linear import (
+    batched_gemm,
+    dequantize_int4,
+    gemm,
+    gemm_int4,
+    gemm_int8,
+    quantize_int4,
+    quantize_int8,
+    silu_and_mul,
+)
 from kimi_native.ops.moe import (
     ExpertWeights,
     fused_moe,
@@ -32,6 +42,7 @@ __all__ = [
     "fused_moe",
     "gemm",
     "gemm_int4",
+    "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
     "isa",
@@ -41,6 +52,7 @@ __all__ = [
     "moe_unpermute",
     "num_threads",
     "quantize_int4",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "set_isa",

@@ -1,11 +1,11 @@
-"""Matrix products with bf16 and INT4 weights, INT4 packing, SwiGLU's gate."""
+"""Matrix products with bf16, INT4 and int8 weights, rounding to these, SwiGLU's gate."""
 
 import numpy as np
 
 from kimi_native.ops import _cublas
 from kimi_native.ops._array import BF16, empty, on_gpu, run, shape_of
 
-GROUP = 32  # inputs that share a scale in the published INT4 format
+GROUP = 32  # inputs that share a scale, in the published INT4 format and in int8
 
 
 def gemm(x, weight, out=None):
@@ -13,7 +13,7 @@ def gemm(x, weight, out=None):
 
     x: float32, on the GPU bfloat16 [T, in], rows may be strided. weight: bfloat16 [out, in].
     out: like x, on the GPU also float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
-    On the CPU a row of the result does not depend on the other rows: any batch size gives the same bits.
+    On the CPU a row of the result has the same bits in every batch of up to 8 rows, and in every larger one.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     if out is None:
@@ -60,6 +60,41 @@ def gemm_int4(x, weight_packed, weight_scale, out=None):
         out = empty(x, shape_of(op, "x", x, 2)[0], shape_of(op, "weight_packed", weight_packed, 2)[0])
     run(op, x=x, weight_packed=weight_packed, weight_scale=weight_scale, out=out)
     return out
+
+
+def gemm_int8(x, weight, weight_scale, out=None):
+    """out = x @ w.T with w[o, i] = weight[o, i] * weight_scale[o, i // 32], exact in float32. On the CPU only.
+
+    x: float32 [T, in], rows may be strided; in is a multiple of 32. weight: int8 [out, in]. weight_scale: bfloat16
+    [out, in / 32]. out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+    op = "gemm_int8"
+    _check_host(op, "x", x)
+    if out is None:
+        out = empty(x, shape_of(op, "x", x, 2)[0], shape_of(op, "weight", weight, 2)[0])
+    run(op, x=x, weight=weight, weight_scale=weight_scale, out=out)
+    return out
+
+
+def quantize_int8(weight):
+    """Round to int8 per 32 inputs: scale = bf16(absmax / 127), q = clamp(rint(w / scale), -127, 127), 0 where the scale
+    is 0. On the CPU only.
+
+    weight: bfloat16 [out, in], in a multiple of 32. Returns (q int8 [out, in], weight_scale bfloat16 [out, in / 32]).
+    A group with a non-finite value gets a NaN scale.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    """
+    _check_host("quantize_int8", "weight", weight)
+    n_out, n_in = shape_of("quantize_int8", "weight", weight, 2)
+    quantized, scale = empty(weight, n_out, n_in, dtype=np.int8), empty(weight, n_out, n_in // GROUP, dtype=BF16)
+    run("quantize_int8", weight=weight, quantized=quantized, weight_scale=scale)
+    return quantized, scale
+
+
+def _check_host(op: str, name: str, x) -> None:
+    if on_gpu(x):
+        raise TypeError(f"{op}: {name} is a CuPy array, expected a NumPy array: there is no kernel of it for the GPU")
 
 
 def dequantize_int4(weight_packed, weight_scale):

@@ -1,0 +1,33 @@
+// Weights rounded to int8: out = x @ weight^T, q * scale exact in float32, and the rounding itself.
+#pragma once
+#include "core/dtype.h"
+
+namespace kimi {
+
+constexpr int kInt8Group = 32;  // inputs that share a scale
+
+struct GemmInt8Params {
+  const float* x;  // [T, in]
+  int64_t x_stride;
+  const int8_t* weight;      // [out, in]
+  const bf16* weight_scale;  // [out, in / 32]
+  float* out;                // [T, out]
+  int64_t out_stride;
+  int T, n_in, n_out;
+};
+
+// scale = bf16(absmax / 127), q = clamp(rint(w / scale), -127, 127); 0 where the scale is 0. A group with a non-finite
+// value gets a NaN scale and q = 0, so that it stays visible.
+struct QuantizeInt8Params {
+  const bf16* weight;  // [out, in]
+  int8_t* quantized;   // [out, in]
+  bf16* weight_scale;  // [out, in / 32]
+  int n_out, n_in;
+};
+
+namespace cpu {
+void gemm_int8(const GemmInt8Params& p);
+void quantize_int8(const QuantizeInt8Params& p);
+}  // namespace cpu
+
+}  // namespace kimi
