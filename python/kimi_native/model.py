@@ -16,7 +16,7 @@ from ml_dtypes import bfloat16
 
 from kimi_native import ops
 from kimi_native.cache import PAGE_SIZE, Cache, PagePool, check_dtype
-from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint import Checkpoint, no_collections
 from kimi_native.config import Config, TextConfig
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
@@ -173,7 +173,7 @@ class MoE:
         return out
 
     def _routed(self, x, topk_weights, topk_ids):
-        projections = self.gate_proj, self.up_proj, self.down_proj
+        projections = self.gate_proj.weights, self.up_proj.weights, self.down_proj.weights
         return ops.fused_moe(x, topk_weights, topk_ids, *projections, activations=self.activations)
 
 
@@ -204,6 +204,7 @@ class Model:
     """
 
     @classmethod
+    @no_collections()
     def load(
         cls,
         path,
