@@ -239,7 +239,7 @@ def _parse_json(where: str, text: bytes) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
         value = json.loads(decoded)
-        # A hook takes three times as long and is needed only if the text has more pairs than the value: each has a colon.
+        # A hook takes three times as long. Each pair has a colon, so the text has more than the value if one was lost.
         if decoded.count(":") != _count_pairs(value):
             value = json.loads(decoded, object_pairs_hook=unique)
     except CheckpointError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 
 from kimi_native import ops
 from kimi_native.checkpoint import Checkpoint, CheckpointError, Entry
@@ -41,6 +42,35 @@ def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool
     if not experts_on_host and room["experts"]:
         message += f'. experts="cpu" (--experts cpu) leaves {size(room["experts"])} of experts in host memory'
     raise RuntimeError(message)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: MemAvailable, and no more than the limits of its control groups leave.
+
+    Files that are cached count as available, as in MemAvailable: they give way.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            base, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(base) and (place / limit).exists() and (place / usage).exists():
+                most, stat = (place / limit).read_text().strip(), (place / "memory.stat").read_text().split()
+                names = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+                files = sum(names.get(name, names.get(name.removeprefix("total_"), 0)) for name in _FILES)
+                if most != "max":
+                    available = min(available, int(most) - int((place / usage).read_text()) + files)
+    return available
+
+
+_FILES = ("total_active_file", "total_inactive_file")  # version 2 has them without "total_"
 
 
 def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
