@@ -108,7 +108,7 @@ def test_router_takes_the_live_experts(full_width, monkeypatch):
 
     monkeypatch.setattr(ops, "topk_sigmoid", record)
     model.forward(TOKENS, model.new_cache(5))
-    assert moe.gate_proj.shape == (384, 2048, 7168)
+    assert moe.gate_proj.weights.shape == (384, 2048, 7168)
     assert set(np.concatenate(chosen).ravel()) == set(LIVE_EXPERTS)
 
 

@@ -97,8 +97,7 @@ void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Worksp
     matmul_expert(k, s.act, sorted, tokens, p.down, e, row, rows, sums);
     for (int i = 0; i < tokens; i++) {
       const int pair = s.pair[first + i];
-      float* out = p.out + pair / p.K * p.out_stride + row;
-      for (int r = 0; r < rows; r++) out[r] += p.topk_weights[pair] * sums[i * kBlockRows + r];
+      k.add_scaled(p.out + pair / p.K * p.out_stride + row, p.topk_weights[pair], sums + i * kBlockRows, rows);
     }
   }
 }

@@ -7,9 +7,6 @@
 
 namespace kimi::cpu {
 
-// A tile of dot products is at most kTileT tokens by kTileRows weight rows: tile[t * kTileRows + r] = x[t] . w[r].
-constexpr int kTileT = 6, kTileRows = 4;
-
 // Products of INT4 weights with integers. Each group of 32 inputs of x becomes d * q, where d is its largest magnitude
 // over the largest integer and q has `digits` signed bytes: one (to 127), or two, 128 * high + low (to 16319). A group
 // that is not finite gets d = NaN. A row of such inputs takes row_bytes(n), aligned to 64, in an order that suits the
@@ -73,22 +70,16 @@ struct Kernels {
   float (*sum_squares)(const float* x, int64_t n);
   // out = x * scale * weight
   void (*scale_by_weight)(const float* x, const bf16* weight, float scale, float* out, int64_t n);
-  void (*add)(float* y, const float* x, int64_t n);  // y += x
+  void (*add_scaled)(float* y, float scale, const float* x, int64_t n);  // y += scale * x
   void (*widen)(const bf16* x, float* out, int64_t n);
   void (*narrow)(const float* x, bf16* out, int64_t n);
   void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t pairs);
   void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t n);
   void (*decode_int4)(const uint8_t* packed, const bf16* scale, float* out, int64_t groups);  // q * scale, exact
 
-  // Each product sums over k in one fixed order, whatever `tokens` and `rows` are.
-  void (*dot_f32)(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile);
   const GemmKernels* gemm;
   const QuantizedKernels* quantized;
   const AttentionKernels* attention;
-
-  // out[t][0..n) += sum_j p[t][j] * v[j][0..n) for t < tokens <= kTileT
-  void (*add_weighted_rows)(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows,
-                            float* const* out, int n);
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;

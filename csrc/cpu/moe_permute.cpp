@@ -25,8 +25,7 @@ void moe_unpermute(const MoeUnpermuteParams<float>& p) {
       float* out = p.out + t * p.out_stride;
       std::fill(out, out + p.H, 0.0f);
       for (int64_t i = t * p.K; i < (t + 1) * p.K; i++) {
-        const float* weight = p.topk_weights + i;
-        if (p.inverse[i] >= 0) k.add_weighted_rows(&weight, 1, p.y + int64_t(p.inverse[i]) * p.H, 0, 1, &out, p.H);
+        if (p.inverse[i] >= 0) k.add_scaled(out, p.topk_weights[i], p.y + int64_t(p.inverse[i]) * p.H, p.H);
       }
     }
   });

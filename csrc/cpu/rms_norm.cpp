@@ -30,7 +30,7 @@ void fused_add_rms_norm(const FusedAddRmsNormParams<float>& p) {
   parallel_for(p.T, kRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       float* residual = p.residual + t * p.residual_stride;
-      k.add(residual, p.x + t * p.x_stride, p.H);
+      k.add_scaled(residual, 1.0f, p.x + t * p.x_stride, p.H);
       normalise(k, residual, p.weight, p.out + t * p.out_stride, p.H, p.eps);
     }
   });

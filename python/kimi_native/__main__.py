@@ -120,6 +120,12 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--cache-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the latent cache")
     add(
+        "--expert-cache",
+        metavar="SIZE",
+        help="memory for routed experts, as in 12GB; others are read when chosen (default: what is available, or all "
+        "stay mapped if they fit; 0: they stay mapped)",
+    )
+    add(
         "--threads",
         type=int,
         metavar="N",
@@ -152,6 +158,7 @@ def load(args) -> Model:
             activations=args.activations,
             dense=args.dense,
             cache_dtype=args.cache_dtype,
+            expert_cache=args.expert_cache,
             progress=progress,
         )
 
@@ -180,7 +187,12 @@ def run_generate(args) -> None:
     except KeyboardInterrupt:
         pass  # what was said so far stands, and the summary says what it took
     print(flush=True)
-    ERR.print(stats.summary(), style="dim")
+    show_summary(model, stats)
+
+
+def show_summary(model: Model, stats: Stats) -> None:
+    experts = f" | {model.expert_cache.summary()}" if model.expert_cache is not None else ""
+    ERR.print(stats.summary() + experts, style="dim")
 
 
 def prompt_bar(start):
@@ -256,7 +268,7 @@ class Session:
             return
         self._show(parser.finish(), reply)
         print()
-        ERR.print(stats.summary(), style="dim")
+        show_summary(self.model, stats)
         self.messages = [*messages, reply.to_message()]
 
     def _pieces(self, token_ids, stats: Stats):

@@ -10,12 +10,14 @@ one. Beyond the format, each tensor must start at a multiple of its item size in
 used where they lie.
 """
 
+import gc
 import json
 import math
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,10 @@ DTYPES = {
 }
 
 
+_ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_KEYS = frozenset(("dtype", "shape", "data_offsets"))
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names file, what was found and what was expected."""
 
@@ -60,6 +66,18 @@ class Entry(NamedTuple):
         return self.end - self.begin
 
 
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Keeps the garbage collector from walking, again and again, the hundred thousands of objects that a load makes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Checkpoint:
     """model.safetensors.index.json with its shards, or a single model.safetensors.
 
@@ -68,6 +86,7 @@ class Checkpoint:
     CheckpointError for anything that is missing or malformed.
     """
 
+    @no_collections()
     def __init__(self, folder, progress: Callable[[int, int], None] | None = None):
         """progress(done, total) is called after each file's header."""
         self.folder = Path(folder)
@@ -111,23 +130,35 @@ class Checkpoint:
         return len(self.entries)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        entry = self.entries.get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.folder}: has no tensor {name!r}, expected it among its {len(self)} tensors")
+        return self.view(self._entry(name))
+
+    def view(self, entry: Entry) -> np.ndarray:
+        """The view of one of `entries`."""
         return np.ndarray(entry.shape, DTYPES[entry.dtype], self._maps[entry.file], entry.begin)
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """The view of a tensor that must have this shape and this dtype ("BF16", "F32", "I32", ...)."""
-        view = self[name]
-        entry = self.entries[name]
+    def entry(self, name: str, shape: tuple[int, ...], dtype: str) -> Entry:
+        """The Entry of a tensor that must have this shape and this dtype ("BF16", "F32", "I32", ...)."""
+        entry = self._entry(name)
         problem = mismatch(name, entry, shape, dtype)
         if problem:
             raise CheckpointError(f"{entry.file}: {problem}")
-        return view
+        return entry
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """The view of a tensor that must have this shape and this dtype."""
+        return self.view(self.entry(name, shape, dtype))
+
+    def _entry(self, name: str) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: has no tensor {name!r}, expected it among its {len(self)} tensors")
+        return entry
 
 
 def mismatch(name: str, entry: Entry, shape: tuple[int, ...], dtype: str) -> str | None:
     """What is wrong with a tensor of which this shape and dtype are expected, or None."""
+    if entry.dtype == dtype and entry.shape == shape:
+        return None
     # weight_shape is int32 in the published files and int64 by the default of compressed-tensors.
     allowed = ("I32", "I64") if name.endswith(".weight_shape") and dtype == "I32" else (dtype,)
     if entry.dtype in allowed and entry.shape == tuple(shape):
@@ -144,11 +175,15 @@ def _read_index(file: Path) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: weight_map is {weight_map!r:.80}, expected an object of file names")
+    usable = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in usable:
+            continue
         if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
             raise CheckpointError(
                 f"{file}: weight_map has {name!r} in {shard!r:.80}, expected the name of a file in the folder"
             )
+        usable.add(shard)
     return weight_map
 
 
@@ -202,7 +237,11 @@ def _parse_json(where: str, text: bytes) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        decoded = text.decode("utf-8")
+        value = json.loads(decoded)
+        # A hook takes three times as long. Each pair has a colon, so the text has more than the value if one was lost.
+        if decoded.count(":") != _count_pairs(value):
+            value = json.loads(decoded, object_pairs_hook=unique)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -212,13 +251,20 @@ def _parse_json(where: str, text: bytes) -> dict[str, Any]:
     return value
 
 
+def _count_pairs(value: Any) -> int:
+    """Of an object and the objects that are its values; a text that has more inside those has more colons too."""
+    if not isinstance(value, dict):
+        return 0
+    return len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
+
+
 def _parse_tensor(file: Path, name: str, value: Any, start: int, size: int) -> Entry:
     """One header entry of a file of `size` bytes; its offsets count from `start`, the end of the header."""
 
     def error(found: str, expected: str) -> CheckpointError:
         return CheckpointError(f"{file}: tensor {name!r} has {found}, expected {expected}")
 
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _KEYS:
         found = sorted(value) if isinstance(value, dict) else value
         raise error(f"{found!r:.80}", "the keys dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -231,7 +277,7 @@ def _parse_tensor(file: Path, name: str, value: Any, start: int, size: int) -> E
     begin, end = offsets
     if not begin <= end <= size - start:
         raise error(f"data_offsets {offsets!r:.80}", f"begin <= end <= {size - start}, the bytes after the header")
-    itemsize = DTYPES[dtype].itemsize
+    itemsize = _ITEMSIZES[dtype]
     nbytes = math.prod(shape) * itemsize
     if nbytes != end - begin:
         raise error(f"{end - begin} bytes by data_offsets {offsets}", f"those of {dtype} {shape!r:.80}")
@@ -255,13 +301,11 @@ def _is_list_of_sizes(value: Any) -> bool:
 def _check_coverage(file: Path, entries: dict[str, Entry], start: int, size: int) -> None:
     """The tensors must follow each other from `start` to the end of the file without overlap or hole."""
     position, previous = start, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][-2:]):
-        if entry.begin != position:
-            what = "overlapping" if entry.begin < position else "leaving a hole after"
-            raise CheckpointError(
-                f"{file}: tensor {name!r} begins at {entry.begin}, {what} {previous}, expected {position}"
-            )
-        position, previous = entry.end, repr(name)
+    for begin, end, name in sorted((entry.begin, entry.end, name) for name, entry in entries.items()):
+        if begin != position:
+            what = "overlapping" if begin < position else "leaving a hole after"
+            raise CheckpointError(f"{file}: tensor {name!r} begins at {begin}, {what} {previous}, expected {position}")
+        position, previous = end, repr(name)
     if position != size:
         raise CheckpointError(f"{file}: is {size} bytes long, expected {position}, the end of {previous}")
 

@@ -16,8 +16,9 @@ from ml_dtypes import bfloat16
 
 from kimi_native import ops
 from kimi_native.cache import PAGE_SIZE, Cache, PagePool, check_dtype
-from kimi_native.checkpoint import Checkpoint
+from kimi_native.checkpoint import Checkpoint, no_collections
 from kimi_native.config import Config, TextConfig
+from kimi_native.expert_cache import ExpertCache, budget, parse_bytes
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
 from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory
@@ -148,6 +149,8 @@ class MoE:
         c, E = config, config.n_routed_experts
         self.config, self.experts_on_host = config, weights.experts_on_host
         self.activations = weights.activations
+        self.expert_cache: ExpertCache | None = None
+        self.index = -1  # among the layers of the cache
         self.gate = weights.tensor("gate.weight", E, c.hidden_size)
         self.e_score_correction_bias = weights.tensor("gate.e_score_correction_bias", E, dtype="F32")
         self.gate_proj = weights.experts("gate_proj", E, c.moe_intermediate_size, c.hidden_size)
@@ -176,7 +179,9 @@ class MoE:
         return out
 
     def _routed(self, x, topk_weights, topk_ids):
-        projections = self.gate_proj, self.up_proj, self.down_proj
+        if self.expert_cache is not None:
+            return self.expert_cache.fused_moe(self.index, x, topk_weights, topk_ids, self.activations)
+        projections = self.gate_proj.weights, self.up_proj.weights, self.down_proj.weights
         return ops.fused_moe(x, topk_weights, topk_ids, *projections, activations=self.activations)
 
 
@@ -207,6 +212,7 @@ class Model:
     """
 
     @classmethod
+    @no_collections()
     def load(
         cls,
         path,
@@ -215,6 +221,7 @@ class Model:
         activations: str = "int16",
         dense: str = "bfloat16",
         cache_dtype: str = "bfloat16",
+        expert_cache: int | str | None = None,
         progress: Callable[[int, int], None] | None = None,
         **overrides,
     ):
@@ -226,7 +233,9 @@ class Model:
         multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
         bf16 matrices outside the experts as it loads them, router and kv_b_proj excepted (see ops.quantize_int8): half
         the bytes to read for a token, and as many more in memory beside the mapped file. cache_dtype: "bfloat16" or, on
-        the CPU, "float32". progress(done, total) is called after each file's header, then after each layer or, on the
+        the CPU, "float32". expert_cache: memory for routed experts on the CPU, in bytes or as in "12GB", the others
+        being read from the files when chosen; None takes what is available and leaves all of them mapped if they fit; 0
+        leaves them mapped. progress(done, total) is called after each file's header, then after each layer or, on the
         GPU, as weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
         for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
@@ -235,12 +244,15 @@ class Model:
         check_activations(activations)
         check_dense(dense, device)
         check_dtype(cache_dtype, device)
+        if expert_cache is not None:
+            expert_cache = parse_bytes(expert_cache)
         if device == "cuda":
             gpu.check()
         path = Path(path)
         config = Config.from_folder(path, **overrides)
         checkpoint = Checkpoint(path, progress)
-        model = cls(config, checkpoint, device, experts == "cpu", activations, dense, cache_dtype, progress)
+        places = device, experts == "cpu", activations, dense, cache_dtype, expert_cache
+        model = cls(config, checkpoint, *places, progress)
         if (path / "tiktoken.model").exists():
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
@@ -256,6 +268,7 @@ class Model:
         activations: str,
         dense: str,
         cache_dtype: str,
+        expert_cache: int | None,
         progress: Callable[[int, int], None] | None,
     ):
         c = config.text_config
@@ -281,6 +294,7 @@ class Model:
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
             upload.finish()
+        self.expert_cache = self._cache_experts(expert_cache, dense if device == "cpu" else 0, experts)
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
 
@@ -293,6 +307,22 @@ class Model:
                 layer_done(layer + 1, c.num_hidden_layers)
         self.norm = body.tensor("norm.weight", c.hidden_size)
         self.lm_head = Linear(weights, "lm_head", c.vocab_size, c.hidden_size)
+
+    def _cache_experts(self, asked: int | None, dense: int, experts: int) -> ExpertCache | None:
+        """dense, experts: bytes of the weights in host memory. None where the experts stay mapped."""
+        if self.device == "cuda" and not self.experts_on_host:
+            if asked is not None:
+                raise ValueError(f"expert_cache is {asked!r}, expected None with the experts on the GPU")
+            return None
+        moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+        projections = [(moe.gate_proj, moe.up_proj, moe.down_proj) for moe in moes]
+        size = budget(asked, projections, dense, experts, self.config.text_config.num_experts_per_tok) if moes else None
+        if size is None:
+            return None
+        cache = ExpertCache(projections, size)
+        for index, moe in enumerate(moes):
+            moe.expert_cache, moe.index = cache, index
+        return cache
 
     def new_cache(self, max_tokens: int) -> Cache:
         """A latent cache for one sequence of up to max_tokens. Memory is committed as tokens are written.

@@ -1,7 +1,11 @@
 """Which weights lie where, and whether they fit."""
 
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
 from kimi_native import ops
-from kimi_native.checkpoint import Checkpoint, CheckpointError
+from kimi_native.checkpoint import Checkpoint, CheckpointError, Entry
 from kimi_native.config import TextConfig
 from kimi_native.ops import gpu
 from kimi_native.ops.linear import GROUP
@@ -49,6 +53,35 @@ def check_memory(config: TextConfig, room: dict[str, int], experts_on_host: bool
     raise RuntimeError(message)
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: MemAvailable, and no more than the limits of its control groups leave.
+
+    Files that are cached count as available, as in MemAvailable: they give way.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            base, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(base) and (place / limit).exists() and (place / usage).exists():
+                most, stat = (place / limit).read_text().strip(), (place / "memory.stat").read_text().split()
+                names = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+                files = sum(names.get(name, names.get(name.removeprefix("total_"), 0)) for name in _FILES)
+                if most != "max":
+                    available = min(available, int(most) - int((place / usage).read_text()) + files)
+    return available
+
+
+_FILES = ("total_active_file", "total_inactive_file")  # version 2 has them without "total_"
+
+
 def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
     """About what a chunk of a prompt takes on the GPU beside weights and cache, its last logits included."""
     c = config
@@ -88,24 +121,18 @@ class Weights:
         below.read_bytes, below.room = self.read_bytes, self.room
         return below
 
-    def tensor(self, name: str, *shape: int, dtype: str = "BF16", kind: str = "dense"):
-        view = self.checkpoint.tensor(self.prefix + name, shape, dtype)
-        self.read_bytes[kind] += view.nbytes
-        self.room[kind] += gpu.Upload.room(view.nbytes)
-        if self.upload is None or (kind == "experts" and self.experts_on_host):
-            return view
-        return self.upload(view)
+    def tensor(self, name: str, *shape: int, dtype: str = "BF16"):
+        view = self.checkpoint.view(self._checked(name, shape, dtype, "dense"))
+        return view if self.upload is None else self.upload(view)
 
-    def linear(self, name: str, n_out: int, n_in: int, kind: str = "dense") -> tuple:
+    def linear(self, name: str, n_out: int, n_in: int) -> tuple:
         """(weight,) in bf16, (weight_packed, weight_scale) in INT4 iff weight_packed exists, or (weight, weight_scale)
         rounded to int8.
         """
-        if f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
-            if kind == "dense" and self.dense == "int8":
-                return self._rounded(f"{self.prefix}{name}.weight", n_out, n_in)
-            return (self.tensor(f"{name}.weight", n_out, n_in, kind=kind),)
-        packed = self.tensor(f"{name}.weight_packed", n_out, n_in // 8, dtype="I32", kind=kind)
-        return packed, self.tensor(f"{name}.weight_scale", n_out, n_in // 32, kind=kind)
+        if self.dense == "int8" and f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
+            return self._rounded(f"{self.prefix}{name}.weight", n_out, n_in)
+        views = [self.checkpoint.view(entry) for entry in self._linear(name, n_out, n_in, "dense")]
+        return tuple(views if self.upload is None else map(self.upload, views))
 
     def _rounded(self, name: str, n_out: int, n_in: int) -> tuple:
         if n_in % GROUP:
@@ -114,14 +141,50 @@ class Weights:
         self.read_bytes["dense"] += sum(array.nbytes for array in arrays)
         return arrays
 
-    def experts(self, name: str, count: int, n_out: int, n_in: int) -> ops.ExpertWeights:
+    def experts(self, name: str, count: int, n_out: int, n_in: int) -> "Experts":
         """One projection of all experts; they must agree on bf16 or INT4."""
-        arrays = [self.linear(f"experts.{e}.{name}", n_out, n_in, kind="experts") for e in range(count)]
-        kinds = {len(a) for a in arrays}
+        entries = [self._linear(f"experts.{e}.{name}", n_out, n_in, "experts") for e in range(count)]
+        kinds = {len(e) for e in entries}
         if len(kinds) > 1:
-            odd = next(e for e in range(count) if len(arrays[e]) != len(arrays[0]))
+            odd = next(e for e in range(count) if len(entries[e]) != len(entries[0]))
             raise CheckpointError(
-                f"{self.prefix}experts.{odd}.{name}: is {'INT4' if len(arrays[odd]) == 2 else 'bf16'}, expected the "
-                f"format of expert 0, {'INT4' if len(arrays[0]) == 2 else 'bf16'}"
+                f"{self.prefix}experts.{odd}.{name}: is {'INT4' if len(entries[odd]) == 2 else 'bf16'}, expected the "
+                f"format of expert 0, {'INT4' if len(entries[0]) == 2 else 'bf16'}"
             )
+        experts = Experts(self.checkpoint, entries)
+        if self.upload is not None and not self.experts_on_host:
+            experts.weights = experts.placed(self.upload)
+        return experts
+
+    def _linear(self, name: str, n_out: int, n_in: int, kind: str) -> tuple[Entry, ...]:
+        if f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
+            return (self._checked(f"{name}.weight", (n_out, n_in), "BF16", kind),)
+        packed = self._checked(f"{name}.weight_packed", (n_out, n_in // 8), "I32", kind)
+        return packed, self._checked(f"{name}.weight_scale", (n_out, n_in // 32), "BF16", kind)
+
+    def _checked(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Entry:
+        entry = self.checkpoint.entry(self.prefix + name, shape, dtype)
+        self.read_bytes[kind] += entry.nbytes
+        self.room[kind] += gpu.Upload.room(entry.nbytes)
+        return entry
+
+
+class Experts:
+    """One projection of all experts of a layer. They are checked at load; what costs time is done at the first use.
+
+    entries: of each expert (weight,) or (weight_packed, weight_scale).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, entries: list[tuple[Entry, ...]]):
+        self.checkpoint, self.entries = checkpoint, entries
+        ops.ExpertWeights(*([checkpoint.view(entry)] for entry in entries[0]))  # the shape is that of all
+
+    @cached_property
+    def weights(self) -> ops.ExpertWeights:
+        """Where they lie in the mapped files."""
+        return self.placed(lambda view: view)
+
+    def placed(self, place: Callable) -> ops.ExpertWeights:
+        """place(view): the array to be used, of each view in the order of the experts."""
+        arrays = [[place(self.checkpoint.view(entry)) for entry in expert] for expert in self.entries]
         return ops.ExpertWeights(*zip(*arrays, strict=True))

@@ -68,10 +68,12 @@ void scale_by_weight(const float* x, const bf16* weight, float scale, float* out
   for (; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
 }
 
-void add(float* y, const float* x, int64_t n) {
+void add_scaled(float* y, float scale, const float* x, int64_t n) {
+  const __m256 s = _mm256_set1_ps(scale);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(x + i)));
-  for (; i < n; i++) y[i] += x[i];
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+  for (; i < n; i++) y[i] += scale * x[i];
 }
 
 void widen(const bf16* x, float* out, int64_t n) {
@@ -150,90 +152,21 @@ void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t g
   }
 }
 
-// Lane j of a sum holds the inputs k = j mod 8 in ascending order, for every tile size.
-template <int kTokens, int kRows>
-void dot_block(const float* const* x, const float* w, int64_t w_stride, int k, float* tile) {
-  __m256 sums[kTokens][kRows];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm256_setzero_ps();
-  int i = 0;
-  for (; i + 8 <= k; i += 8)
-    for (int r = 0; r < kRows; r++) {
-      const __m256 v = _mm256_loadu_ps(w + r * w_stride + i);
-      for (int t = 0; t < kTokens; t++) sums[t][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x[t] + i), v, sums[t][r]);
-    }
-  for (int t = 0; t < kTokens; t++)
-    for (int r = 0; r < kRows; r++) {
-      float sum = sum_lanes(sums[t][r]);
-      for (int j = i; j < k; j++) sum += x[t][j] * w[r * w_stride + j];
-      tile[t * kTileRows + r] = sum;
-    }
-}
-
-// 3 to 6 tokens take two rows at a time, so that accumulators and operands fit the 16 registers.
-template <int kTokens>
-void dot_tokens(const float* const* x, const float* w, int64_t w_stride, int rows, int k, float* tile) {
-  constexpr int kRows = kTokens > 2 ? 2 : 4;
-  int r = 0;
-  for (; r + kRows <= rows; r += kRows) dot_block<kTokens, kRows>(x, w + r * w_stride, w_stride, k, tile + r);
-  for (; r < rows; r++) dot_block<kTokens, 1>(x, w + r * w_stride, w_stride, k, tile + r);
-}
-
-void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
-  if (tokens == 6) return dot_tokens<6>(x, w, w_stride, rows, k, tile);
-  if (tokens == 5) return dot_tokens<5>(x, w, w_stride, rows, k, tile);
-  if (tokens == 4) return dot_tokens<4>(x, w, w_stride, rows, k, tile);
-  if (tokens == 3) return dot_tokens<3>(x, w, w_stride, rows, k, tile);
-  if (tokens == 2) return dot_tokens<2>(x, w, w_stride, rows, k, tile);
-  dot_tokens<1>(x, w, w_stride, rows, k, tile);
-}
-
-template <int kTokens>
-void add_rows(const float* const* p, const float* v, int64_t v_stride, int rows, float* const* out, int n) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    __m256 a[kTokens], b[kTokens];
-    for (int t = 0; t < kTokens; t++) a[t] = _mm256_loadu_ps(out[t] + i), b[t] = _mm256_loadu_ps(out[t] + i + 8);
-    for (int j = 0; j < rows; j++) {
-      const __m256 u = _mm256_loadu_ps(v + j * v_stride + i), w = _mm256_loadu_ps(v + j * v_stride + i + 8);
-      for (int t = 0; t < kTokens; t++) {
-        const __m256 weight = _mm256_broadcast_ss(p[t] + j);
-        a[t] = _mm256_fmadd_ps(weight, u, a[t]);
-        b[t] = _mm256_fmadd_ps(weight, w, b[t]);
-      }
-    }
-    for (int t = 0; t < kTokens; t++) _mm256_storeu_ps(out[t] + i, a[t]), _mm256_storeu_ps(out[t] + i + 8, b[t]);
-  }
-  for (; i < n; i++)
-    for (int t = 0; t < kTokens; t++)
-      for (int j = 0; j < rows; j++) out[t][i] += p[t][j] * v[j * v_stride + i];
-}
-
-void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
-                       int n) {
-  if (tokens == 6) return add_rows<6>(p, v, v_stride, rows, out, n);
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) add_rows<4>(p + t, v, v_stride, rows, out + t, n);
-  for (; t < tokens; t++) add_rows<1>(p + t, v, v_stride, rows, out + t, n);
-}
-
 }  // namespace
 
 const Kernels avx2_kernels = {
     .name = "avx2",
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
-    .add = add,
+    .add_scaled = add_scaled,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
     .decode_int4 = decode_int4,
-    .dot_f32 = dot_f32,
     .gemm = &avx2_gemm_kernels,
     .quantized = &avx2_quantized_kernels,
     .attention = &avx2_attention_kernels,
-    .add_weighted_rows = add_weighted_rows,
 };
 
 }  // namespace kimi::cpu

@@ -16,8 +16,8 @@ void scale_by_weight(const float* x, const bf16* weight, float scale, float* out
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
 }
 
-void add(float* y, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] += x[i];
+void add_scaled(float* y, float scale, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
 }
 
 void widen(const bf16* x, float* out, int64_t n) {
@@ -40,26 +40,9 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-
 void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t groups) {
   for (int64_t g = 0; g < groups; g++, packed += 16, out += 32)
     for (int i = 0; i < 32; i++) out[i] = float((packed[i / 2] >> (i % 2 * 4) & 15) - 8) * to_float(scale[g]);
-}
-
-void dot_f32(const float* const* x, int tokens, const float* w, int64_t w_stride, int rows, int k, float* tile) {
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) {
-      float sum = 0;
-      for (int i = 0; i < k; i++) sum += x[t][i] * w[r * w_stride + i];
-      tile[t * kTileRows + r] = sum;
-    }
-}
-
-void add_weighted_rows(const float* const* p, int tokens, const float* v, int64_t v_stride, int rows, float* const* out,
-                       int n) {
-  for (int t = 0; t < tokens; t++)
-    for (int j = 0; j < rows; j++)
-      for (int i = 0; i < n; i++) out[t][i] += p[t][j] * v[j * v_stride + i];
 }
 
 }  // namespace
@@ -68,17 +51,15 @@ const Kernels scalar_kernels = {
     .name = "scalar",
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
-    .add = add,
+    .add_scaled = add_scaled,
     .widen = widen,
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
     .decode_int4 = decode_int4,
-    .dot_f32 = dot_f32,
     .gemm = &scalar_gemm_kernels,
     .quantized = &scalar_quantized_kernels,
     .attention = &scalar_attention_kernels,
-    .add_weighted_rows = add_weighted_rows,
 };
 
 }  // namespace kimi::cpu

@@ -1,0 +1,202 @@
+"""The routed experts of a model larger than memory: those used most stay in memory, others are read when chosen.
+
+Page faults read a mapped file at a fraction of what a disk can do, and the pages push out those of the weights that
+every token needs. So experts are read past the page cache (O_DIRECT), a few tensors at a time, into slots of our own
+memory, each as large as one expert. docs/memory.md has the measurements.
+"""
+
+import errno
+import mmap
+import os
+import re
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kimi_native import ops
+from kimi_native.checkpoint import DTYPES, CheckpointError, Entry
+from kimi_native.placement import Experts, available_memory
+
+READERS = 4  # reads under way at a time; more gained nothing, one alone depends on the disk
+BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
+RESERVE = 2_000_000_000  # bytes left to latent cache, scratch, interpreter and other programs
+HALF_LIFE = 256  # tokens after which a use counts half
+
+Layer = tuple[Experts, Experts, Experts]  # gate, up, down
+
+
+class Resident(NamedTuple):
+    """An expert in a slot: its arrays, by projection, are good once `reads` are done."""
+
+    slot: int
+    arrays: list[list[np.ndarray]]
+    reads: list[Future]
+
+
+def parse_bytes(size: int | str) -> int:
+    """12_000_000_000 for "12GB"; kB, MB, GB and TB are powers of 1000. Raises ValueError for anything else."""
+    units = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])b)?", str(size).lower())
+    if found is None:
+        raise ValueError(f"expert_cache is {size!r}, expected bytes as in 12000000000 or '12GB'")
+    return int(float(found[1]) * units[found[2]])
+
+
+def slot_bytes(layers: list[Layer]) -> int:
+    """Memory that one expert takes, with room for whole blocks around each of its tensors."""
+    return max(sum(_span(e.nbytes) for projection in layer for e in projection.entries[0]) for layer in layers)
+
+
+def _span(nbytes: int) -> int:
+    return -(-(nbytes + BLOCK - 1) // BLOCK) * BLOCK
+
+
+def budget(asked: int | None, layers: list[Layer], dense: int, experts: int, top_k: int) -> int | None:
+    """Bytes for the experts of `layers`, or None if they stay mapped: all of them fit, or 0 was asked for.
+
+    asked: as in Model.load, None takes what is available beside `dense`, bytes that every token reads, and RESERVE, at
+    the least two layers' choices of one token.
+    """
+    if asked is not None:
+        return asked or None
+    left = available_memory() - RESERVE - dense
+    return None if experts <= left else max(left, 2 * top_k * slot_bytes(layers))
+
+
+class ExpertCache:
+    """hits and misses count the experts that a layer needed, each once a call; read_bytes are those of the misses."""
+
+    def __init__(self, layers: list[Layer], budget: int):
+        """Raises ValueError for a budget, in bytes, of less than two experts."""
+        self.layers, self.slot_bytes = layers, slot_bytes(layers)
+        self.slots = min(budget // self.slot_bytes, sum(len(gate.entries) for gate, _, _ in layers))
+        if self.slots < 2:
+            raise ValueError(
+                f"expert_cache is {budget} bytes, expected at least {2 * self.slot_bytes}, those of two experts"
+            )
+        self.memory = mmap.mmap(-1, self.slots * self.slot_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.files = {}
+        for layer in layers:
+            for file in {entry.file for projection in layer for expert in projection.entries for entry in expert}:
+                if file not in self.files:
+                    self.files[file] = _open(file)
+                    weakref.finalize(self, os.close, self.files[file])
+        self.readers = ThreadPoolExecutor(READERS, "expert-reader")
+        self.residents: dict[tuple[int, int], Resident] = {}  # (layer, expert) -> where it is
+        self.owners = np.full(self.slots, -1)  # layer * E + expert, or -1 for a free slot
+        self.E = len(layers[0][0].entries)
+        self.heat = np.full((len(layers), self.E), -np.inf)  # log2 of how often each was used, of late most
+        self.tokens = np.zeros(len(layers))
+        self.hits = self.misses = self.read_bytes = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the experts that were needed, the share that was in memory."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def summary(self) -> str:
+        size = self.slots * self.slot_bytes / 1e9
+        return f"expert cache {size:.1f} GB, {self.hit_rate:.0%} hits, {self.read_bytes / 1e9:.1f} GB read"
+
+    def fused_moe(self, layer: int, x, topk_weights, topk_ids, activations: str):
+        """ops.fused_moe with the experts of a layer, of which there may be more than slots.
+
+        They are then taken in ascending groups of half the slots, one read while another is multiplied. Adding up the
+        groups differs from one sum in the last bits; what is in memory makes no difference.
+        """
+        ids, local, counts = np.unique(topk_ids, return_inverse=True, return_counts=True)
+        local = local.reshape(topk_ids.shape).astype(np.int32)
+        self.tokens[layer] += len(x)
+        age = self.tokens[layer] / HALF_LIFE
+        self.heat[layer, ids] = np.logaddexp2(self.heat[layer, ids], np.log2(counts) + age)
+        size = len(ids) if len(ids) <= self.slots else self.slots // 2
+        starts = range(0, len(ids), size)
+        groups = [[(layer, int(e)) for e in ids[start : start + size]] for start in starts]
+        self._start(groups[0], groups[0])
+        out = None
+        for i, start in enumerate(starts):
+            if i + 1 < len(groups):
+                self._start(groups[i + 1], groups[i] + groups[i + 1])
+            projections = self._finish(groups[i])
+            here = (local >= start) & (local < start + size)
+            ids_here = np.where(here, local - np.int32(start), np.int32(-1))
+            part = ops.fused_moe(x, topk_weights, ids_here, *projections, activations=activations)
+            out = part if out is None else out + part
+        return out
+
+    def _start(self, group: list, kept: list) -> None:
+        """Have the missing experts of `group` read into slots that no expert of `kept` has."""
+        missing = [key for key in group if key not in self.residents]
+        self.hits, self.misses = self.hits + len(group) - len(missing), self.misses + len(missing)
+        for key, slot in zip(missing, self._free_slots(len(missing), kept), strict=True):
+            self.owners[slot] = key[0] * self.E + key[1]
+            position, arrays, reads = slot * self.slot_bytes, [], []
+            for projection in self.layers[key[0]]:
+                arrays.append([])
+                for entry in projection.entries[key[1]]:
+                    first = entry.begin // BLOCK * BLOCK
+                    reads.append(self.readers.submit(self._read, entry, first, position))
+                    at = position + entry.begin - first
+                    arrays[-1].append(np.ndarray(entry.shape, DTYPES[entry.dtype], self.memory, at))
+                    self.read_bytes += entry.nbytes
+                    position += _span(entry.nbytes)
+            self.residents[key] = Resident(slot, arrays, reads)
+
+    def _free_slots(self, count: int, kept: list) -> list[int]:
+        """`count` slots, those never used first, then those whose experts were used least, which are given up."""
+        heat = np.where(self.owners < 0, -np.inf, self.heat.ravel()[self.owners])
+        heat[[self.residents[key].slot for key in kept if key in self.residents]] = np.inf
+        slots = np.argpartition(heat, count - 1)[:count].tolist() if count else []
+        for slot in slots:
+            if self.owners[slot] >= 0:
+                self._give_up(divmod(int(self.owners[slot]), self.E))
+        return slots
+
+    def _give_up(self, key: tuple[int, int]) -> None:
+        resident = self.residents.pop(key)
+        wait(resident.reads)  # there are some if a call was broken off, and they write to the slot
+        self.owners[resident.slot] = -1
+
+    def _finish(self, group: list) -> list[ops.ExpertWeights]:
+        """The three projections of the experts of `group`, as soon as they are there."""
+        residents = [self.residents[key] for key in group]
+        for key, resident in zip(group, residents, strict=True):
+            try:
+                for read in resident.reads:
+                    read.result()
+            except Exception:
+                self._give_up(key)
+                raise
+            resident.reads.clear()
+        return [ops.ExpertWeights(*zip(*(r.arrays[i] for r in residents), strict=True)) for i in range(3)]
+
+    def _read(self, entry: Entry, first: int, position: int) -> None:
+        """The blocks from `first` to the end of a tensor into the memory at `position`. Runs in a reader."""
+        length = -(-(entry.end - first) // BLOCK) * BLOCK
+        done = 0
+        with memoryview(self.memory) as memory:
+            while True:
+                with memory[position + done : position + length] as rest:
+                    count = os.preadv(self.files[entry.file], [rest], first + done)
+                if first + done + count >= entry.end:
+                    return
+                if count < BLOCK:
+                    raise CheckpointError(
+                        f"{entry.file}: ends at byte {first + done + count}, expected {entry.end}, a tensor's end: "
+                        "it was longer when it was loaded"
+                    )
+                done += count // BLOCK * BLOCK
+
+
+def _open(file: Path) -> int:
+    """For reads past the page cache, or through it on a filesystem that has no others."""
+    try:
+        return os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(file, os.O_RDONLY)
