@@ -49,6 +49,8 @@ EXAMPLES = """examples:
   python -m bench --device cuda              every benchmark on the GPU, meant for six minutes of an H100 and 45 GB
   python -m bench --device cuda --quick      a few cases of each
   python -m bench gemm --json > before.jsonl one JSON object a line: the header, then the cases, all seconds listed
+  python -m bench gemm --compare before.jsonl  with the ratio to each case of that file
+  python -m bench.plot before.jsonl rates.svg  rates over the number of tokens (matplotlib)
 """
 
 
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="*", metavar="name", help="benchmarks to run (default: all; --list shows them)")
     add("--json", action="store_true", help="JSON lines instead of a table")
+    add("--compare", metavar="FILE", help="what --json printed before: how many times faster each case is now")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays lie (default: cpu)")
     add("--isa", metavar="NAME", help="instruction set of the kernels (default: the best this chip has)")
     add("--threads", type=int, metavar="N", help="threads of the kernels, of the roof and of NumPy's BLAS")
@@ -74,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser()
     args = arguments.parse_args()
-    if args.device == "cuda" and (args.isa is not None or args.threads is not None):
-        arguments.error("--isa and --threads are for --device cpu")
+    if args.device == "cuda" and (args.isa, args.threads, args.compare) != (None, None, None):
+        arguments.error("--isa, --threads and --compare are for --device cpu")
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         arguments.error(f"unknown benchmark {unknown[0]!r}, expected one of: {', '.join(NAMES)}")
@@ -110,8 +113,10 @@ def harness_for(args):
 
         return GpuHarness(quick=args.quick, json_lines=args.json)
     from bench.harness import Harness
+    from bench.results import medians
 
-    return Harness(quick=args.quick, json_lines=args.json, peers=args.peers)
+    before = medians(args.compare) if args.compare else None
+    return Harness(quick=args.quick, json_lines=args.json, peers=args.peers, before=before)
 
 
 def run(modules, harness) -> None:

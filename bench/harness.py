@@ -31,7 +31,7 @@ SPINNING = 0.02  # seconds for which the threads of OpenMP and onnxruntime may g
 
 class Harness:
     """Runs cases and prints their lines. quick: fewer repeats. json_lines: JSON objects in place of the table. peers: a
-    line below each case for each peer that has it.
+    line below each case for each peer that has it. before: {(op, case, isa): median seconds} of an earlier run.
 
     A benchmark takes its arrays from `arrays` and its cases from bench.shapes, so it runs here and on bench.gpu's
     GpuHarness, which has the same methods.
@@ -39,8 +39,8 @@ class Harness:
 
     cuda = hopper = False
 
-    def __init__(self, quick: bool = False, json_lines: bool = False, peers: bool = False):
-        self.quick, self.json_lines, self.peers = quick, json_lines, peers
+    def __init__(self, quick: bool = False, json_lines: bool = False, peers: bool = False, before=None):
+        self.quick, self.json_lines, self.peers, self.before = quick, json_lines, peers, before or {}
         self.arrays = Host()
         self.roof = Roof.measure()
         self._flush_weight = np.ones((3 * last_level_cache() // 2**14, 2**13), bfloat16)
@@ -128,11 +128,12 @@ class Harness:
 
         engine: the peer that was measured, in the place of the instruction set.
         """
-        median = statistics.median(seconds)
+        median, isa = statistics.median(seconds), engine or ops.isa()
+        before = self.before.get((op, case, isa))
         line = {
             "op": op,
             "case": case,
-            "isa": engine or ops.isa(),
+            "isa": isa,
             "threads": ops.num_threads(),
             "median_seconds": median,
             "spread": spread(seconds),
@@ -141,6 +142,7 @@ class Harness:
             "tokens_per_second": tokens / median or None,
             "of_roof": self.roof.seconds(bytes_moved, operations) / median or None,
             "vs_baseline": statistics.median(baseline_seconds) / median if baseline_seconds else None,
+            "vs_before": before / median if before else None,
             "note": note or None,
             "seconds": seconds,
         }
@@ -173,7 +175,8 @@ class Harness:
         rates = [rate_text(gb / 1e9, "GB/s"), rate_text(gflop / 1e9, "GFLOP/s")]
         if gflop / self.roof.peak > gb / self.roof.bandwidth:
             rates.reverse()
-        ratio = line["vs_baseline"]
+        ratios = ("vs_baseline", "{:.1f}x numpy"), ("vs_before", "{:.2f}x before")
+        remarks = [line["note"], *(text.format(line[key]) for key, text in ratios if line[key])]
         return COLUMNS.format(
             line["op"],
             line["case"],
@@ -182,7 +185,7 @@ class Harness:
             f"±{line['spread']:.0%}",
             ", ".join(filter(None, [rate_text(tokens, "tokens/s"), *rates])),
             f"{line['of_roof']:.0%}" if line["of_roof"] else "-",
-            line["note"] or (f"{ratio:.1f}x numpy" if ratio else "-"),
+            ", ".join(filter(None, remarks)) or "-",
         )
 
 

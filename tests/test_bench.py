@@ -14,7 +14,7 @@ import reference
 from arrays import BF16
 
 from bench import __main__ as command
-from bench import arrays, gpu, peers, results_page, roofline, shapes
+from bench import arrays, baseline, cpu_peers, ggml, gpu, harness, peers, plot, results, results_page, roofline, shapes
 from bench.bench_mla_decode import tokens_and_pairs
 
 TIMED_OPS = [name for name in command.NAMES if name != "generate"]
@@ -325,9 +325,10 @@ def test_the_emulator_is_not_timed(monkeypatch):
     [
         (["gem"], "unknown benchmark 'gem'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--device", "cuda", "--threads", "2"], "--isa and --threads are for --device cpu"),
-        (["--device", "cuda", "--isa", "avx2"], "--isa and --threads are for --device cpu"),
+        (["--device", "cuda", "--threads", "2"], "--isa, --threads and --compare are for --device cpu"),
+        (["--device", "cuda", "--isa", "avx2"], "--isa, --threads and --compare are for --device cpu"),
         (["--isa", "mmx"], "mmx"),
+        (["--compare", "nowhere.jsonl"], "nowhere.jsonl: "),
     ],
 )
 def test_wrong_arguments(argv, says, monkeypatch, capsys):
@@ -346,6 +347,108 @@ def test_without_a_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A harness of the CPU on a machine of 100 GB/s and 1000 GFLOP/s."""
+    monkeypatch.setattr(harness.Roof, "measure", lambda: roofline.Roof(100e9, 1000e9, 1.0))
+    monkeypatch.setattr(harness, "SPINNING", 0)
+    return lambda **options: harness.Harness(quick=True, **options)
+
+
+def test_lines_beside_peers(cpu, capsys):
+    """A peer that gives the same but for one element, which is off by a tenth of the norm."""
+    ours = np.ones(100, np.float32)
+    theirs = ours + np.eye(1, 100, dtype=np.float32)[0]
+    made = []
+
+    def others():
+        made.append(True)
+        return {"other": lambda: theirs}
+
+    cpu().run("gemm", "a", lambda: ours, cpu_peers=others)
+    assert not made and len(capsys.readouterr().out.splitlines()) == 1
+    cpu(peers=True).run("gemm", "a", lambda: ours, bytes_moved=1e3, cpu_peers=others)
+    first, second = capsys.readouterr().out.splitlines()
+    assert made and first.split()[:3] == ["gemm", "a", harness.ops.isa()]
+    assert second.split()[:3] == ["gemm", "a", "other"] and second.endswith("x, apart by 1.0e-01")
+
+
+def test_calls_alternate(cpu):
+    calls = []
+    cpu()._alternate([lambda: calls.append("ours"), lambda: calls.append("theirs")], least=3, budget=60, most=3)
+    assert calls == ["ours", "theirs"] * 3
+
+
+def test_compared_with_an_earlier_run(cpu, tmp_path, capsys):
+    lines = cpu(json_lines=True)
+    lines.header()
+    lines.report("gemm", "a T=1", [0.3], operations=3e9)
+    lines.report("gemm", "a T=8", [0.6], operations=24e9)
+    lines.report("gemm", "a T=1", [0.9], operations=3e9, engine="other")
+    file = tmp_path / "before.jsonl"
+    file.write_text(capsys.readouterr().out)
+    later = cpu(before=results.medians(file))
+    later.report("gemm", "a T=1", [0.2])
+    later.report("gemm", "a T=1", [0.45], engine="other", note="a note")
+    later.report("gemm", "b T=1", [0.2])
+    ends = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["1.50x before", "a note, 2.00x before", "-"]
+
+    header, cases = results.read(file)
+    assert header["float32_operations_per_second"] == 1000e9
+    assert plot.series(cases) == {"gemm": {f"a {harness.ops.isa()}": [(1, pytest.approx(1e10)), (8, 40e9)]}}
+
+
+@pytest.mark.parametrize("text", ["", "op case isa", "[]", '{"commit": "a"}\n{"op": "gemm"}'])
+def test_not_a_file_of_results(text, tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"other.jsonl: .*; expected the output of python -m bench --json"):
+        results.read(file)
+
+
+def test_plot(cpu, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    lines, file, image = cpu(json_lines=True), tmp_path / "lines.jsonl", tmp_path / "rates.svg"
+    lines.header()
+    lines.report("gemm", "a T=1", [0.3], operations=3e9)
+    file.write_text(capsys.readouterr().out)
+    with pytest.raises(ValueError, match="no op in it has two cases"):
+        plot.plot(file, image)
+    lines.report("gemm", "a T=8", [0.6], operations=24e9)
+    with file.open("a") as stream:
+        stream.write(capsys.readouterr().out)
+    plot.plot(file, image)
+    assert image.read_text().startswith("<?xml")
+
+
+def test_blocks_of_q4_0():
+    """Against what the format means: a float16 scale, then values j and j + 16 in a byte, q + 8 each."""
+    packed, scale = shapes.random_int4(shapes.rng(), 3, 64)
+    blocks = ggml.q4_0(packed, scale)
+    assert blocks.shape == (3, 2, 18)
+    d, codes = np.ascontiguousarray(blocks[..., :2]).view(np.float16), blocks[..., 2:].astype(np.float64)
+    values = d * (np.concatenate([codes % 16, codes // 16], axis=-1) - 8)
+    assert np.array_equal(values.reshape(3, 64), baseline.dequantize_int4(packed, scale))
+
+
+def test_experts_of_the_peers():
+    """Each peer that is installed computes the layer that ours computes."""
+    rng, shape = shapes.rng(), (64, 256)
+    layer = [[shapes.random_int4(rng, *s) for s in (shape, shape, shape[::-1])] for _ in range(4)]
+    x, ids = shapes.random_f32(rng, 5, 256), shapes.random_ids(rng, 5, 4)[:, :2].copy()
+    weights = rng.random(ids.shape, np.float32)
+    expected = np.zeros((5, 256))
+    for t, k in np.ndindex(ids.shape):
+        gate, up, down = (baseline.dequantize_int4(*matrix).astype(np.float64) for matrix in layer[ids[t, k]])
+        gated = gate @ x[t]
+        expected[t] += weights[t, k] * (down @ (gated / (1 + np.exp(-gated)) * (up @ x[t])))
+    experts = cpu_peers.Experts(layer)
+    for exact, limit in ((True, 1e-5), (False, 2e-2)):
+        for name, call in experts.calls(x, weights, ids, exact).items():
+            assert harness.relative_error(call(), expected) < limit, name
 
 
 def test_list(monkeypatch, capsys):

@@ -9,13 +9,15 @@ from ml_dtypes import bfloat16
 from kimi_native import _C
 
 BF16 = np.dtype(bfloat16)
-_UINT16 = np.dtype(np.uint16)
+_FLOAT32, _UINT16 = np.dtype(np.float32), np.dtype(np.uint16)
 
 extension = _C  # the tests put the emulator of the CUDA kernels here, whose GPU arrays are NumPy's
 
 
 def on_gpu(x) -> bool:
     """Whether x lives where the CUDA kernels work: CuPy arrays do, under the emulator NumPy arrays do."""
+    if type(x) is np.ndarray:
+        return extension is not _C
     return extension is not _C or type(x).__module__.partition(".")[0] == "cupy"
 
 
@@ -36,7 +38,7 @@ def gpu_arrays():
 
 def array_module(x):
     """The library that x is an array of: CuPy or NumPy."""
-    if extension is not _C or not on_gpu(x):
+    if type(x) is np.ndarray or extension is not _C or not on_gpu(x):
         return np
     import cupy
 
@@ -66,13 +68,15 @@ def address(x) -> int:
 
 def run(op: str, **arguments):
     """Call the extension's `op` with the arguments in their order, on CuPy's current stream if they are on the GPU."""
-    stream = stream_of(next(iter(arguments.values())))
-    return getattr(extension, op)(*(bits(op, name, x) for name, x in arguments.items()), stream)
+    first = next(iter(arguments.values()))
+    return getattr(extension, op)(*[bits(op, name, x) for name, x in arguments.items()], stream_of(first))
 
 
 def bits(op: str, name: str, x):
     """The array as the extension reads it: bf16 has no buffer format, so it crosses as uint16. Others stay."""
     dtype = getattr(x, "dtype", None)
+    if dtype is None or dtype is _FLOAT32:
+        return x
     if dtype == BF16:
         return x.view(np.uint16)
     if dtype == _UINT16:
