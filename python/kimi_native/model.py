@@ -294,7 +294,8 @@ class Model:
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
             upload.finish()
-        self.expert_cache = self._cache_experts(expert_cache, dense if device == "cpu" else 0, experts)
+        mapped = weights.read_bytes["dense"] if device == "cpu" else 0
+        self.expert_cache = self._cache_experts(expert_cache, mapped, experts)
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
 
