@@ -6,10 +6,10 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kTileTokens = 6;    // by kStrip weight rows: 12 sums, two vectors of weights and one of x in 16 registers
-constexpr int kFewTile = 4;       // tokens that share the weights in registers where these are read from memory
-constexpr int kFewInputs = 2048;  // inputs at a time there: those of a tile stay in the L1 cache
-constexpr int kAhead = 2;         // rows that are asked for ahead
+constexpr int kTileTokens = 6;  // by kStrip weight rows: 12 sums, two vectors of weights and one of x in 16 registers
+// Where weights are read from memory: tokens that share them in registers, rows whose sums are kept at a time, inputs
+// of all tokens of a tile together, which stay in the L1 cache, and bytes or rows that are asked for ahead.
+constexpr int kFewTile = 4, kFewRows = 64, kFewInputs = 8192, kAheadBytes = 2048, kAheadRows = 2;
 
 int least(int a, int b) { return a < b ? a : b; }
 
@@ -29,68 +29,85 @@ __m256 load_bf16(const bf16* p) {
 void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 void prefetch_l2(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
-// out[t * out_stride + r * step] += x[t] . w[r * step] for r < kRows. Lane j of a sum holds the inputs k = j mod 8.
-// What lies `ahead` is asked for.
-template <int kTokens, int kRows>
-void add_few_bf16(const float* const* x, const bf16* w, int64_t stride, int64_t ahead, int n, float* out,
-                  int out_stride, int step) {
-  __m256 sum[kTokens][kRows];
-#pragma GCC unroll 4
-  for (auto& row : sum)
-#pragma GCC unroll 4
-    for (auto& s : row) s = _mm256_setzero_ps();
-  const auto add_eight = [&](int i) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) {
-      const __m256 weight = load_bf16(w + r * stride + i);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; t++) sum[t][r] = _mm256_fmadd_ps(_mm256_loadu_ps(x[t] + i), weight, sum[t][r]);
-    }
-  };
-  int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    for (int r = 0; r < kRows; r++) prefetch(w + r * stride + i + ahead);
-    for (int j = 0; j < 32; j += 8) add_eight(i + j);
+// A piece of a product with a few tokens: n inputs of rows that have `all`. Sums go on from
+// piece to piece in eight lanes, so their order does not depend on the pieces, which depend on the tokens.
+struct Piece {
+  int n, all;
+
+  static int inputs(int tokens) { return tokens == 1 ? kFewInputs : tokens == 2 ? kFewInputs / 4 : kFewInputs / 8; }
+
+  // The way from row r of `rows` to what is to be asked for meanwhile: further on in a whole row, or else the same
+  // piece some rows on, or the next piece of one of the first. stride, piece: of a row and of a full piece.
+  int64_t ahead(int r, int rows, int64_t stride, int64_t piece, int64_t further) const {
+    if (n == all) return further;
+    return r + kAheadRows < rows ? kAheadRows * stride : piece + (kAheadRows - rows) * stride;
   }
-  for (; i + 8 <= n; i += 8) add_eight(i);
+};
+
+using Lanes = float[kFewRows][8];  // of each token
+
+// out[t * out_stride + r] = the sum of lanes
+void sum_up(const Lanes* lanes, int tokens, int rows, float* out, int out_stride) {
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++) out[t * out_stride + r] = sum_lanes(_mm256_load_ps(lanes[t][r]));
+}
+
+// lanes[t][r * step] += x[t] . w[r * step] for r < kRows, n a multiple of 8. Lane j holds the inputs k = j mod 8.
+template <int kTokens, int kRows>
+void add_few_bf16(const float* const* x, const bf16* w, int64_t stride, int64_t ahead, int n, Lanes* lanes, int row,
+                  int step) {
+  __m256 sum[kTokens][kRows];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; t++)
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++) {
-      float total = sum_lanes(sum[t][r]);
-      for (int j = i; j < n; j++) total += x[t][j] * to_float(w[r * stride + j]);
-      out[t * out_stride + r * step] += total;
+    for (int r = 0; r < kRows; r++) sum[t][r] = _mm256_load_ps(lanes[t][row + r * step]);
+  for (int i = 0; i < n; i += 8) {
+    if (i % 32 == 0)
+      for (int r = 0; r < kRows; r++) prefetch(w + r * stride + i + ahead);
+    __m256 weight[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) weight[r] = load_bf16(w + r * stride + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) {
+      const __m256 value = _mm256_loadu_ps(x[t] + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) sum[t][r] = _mm256_fmadd_ps(value, weight[r], sum[t][r]);
     }
-}
-
-// The way from row r to what is read kAhead rows later: another row, or one of the first with the next inputs.
-int64_t to_next(int r, int rows, int64_t stride, int64_t inputs) {
-  return r + kAhead < rows ? kAhead * stride : inputs + (kAhead - rows) * stride;
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) _mm256_store_ps(lanes[t][row + r * step], sum[t][r]);
 }
 
 // Rows in kRows runs of consecutive ones, read side by side.
 template <int kTokens, int kRows>
-void add_runs(const float* const* x, const bf16* w, int64_t stride, int rows, int n, float* out, int out_stride) {
-  const int step = rows / kRows;
+void add_runs(const float* const* x, const bf16* w, int64_t stride, int rows, const Piece& p, Lanes* lanes) {
+  const int step = rows / kRows, piece = Piece::inputs(kTokens);
   for (int r = 0; r < step; r++)
-    add_few_bf16<kTokens, kRows>(x, w + r * stride, step * stride, to_next(r, step, stride, kFewInputs), n, out + r,
-                                 out_stride, step);
-  for (int r = step * kRows; r < rows; r++)
-    add_few_bf16<kTokens, 1>(x, w + r * stride, 0, stride, n, out + r, out_stride, 1);
+    add_few_bf16<kTokens, kRows>(x, w + r * stride, step * stride, p.ahead(r, step, stride, piece, kAheadBytes / 2),
+                                 p.n, lanes, r, step);
+  for (int r = step * kRows; r < rows; r++) add_few_bf16<kTokens, 1>(x, w + r * stride, 0, stride, p.n, lanes, r, 1);
 }
 
 void few_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int rows, int n, float* out,
               int out_stride) {
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) out[t * out_stride + r] = 0;
-  constexpr decltype(&add_runs<1, 4>) kRuns[] = {add_runs<1, 4>, add_runs<2, 4>, add_runs<3, 2>, add_runs<4, 2>};
-  for (int begin = 0; begin < n; begin += kFewInputs)
-    for (int t = 0; t < tokens; t += kFewTile) {
-      const int some = least(kFewTile, tokens - t);
-      const float* xs[kFewTile];
-      for (int j = 0; j < some; j++) xs[j] = x[t + j] + begin;
-      kRuns[some - 1](xs, w + begin, w_stride, rows, least(kFewInputs, n - begin), out + t * out_stride, out_stride);
+  constexpr decltype(&add_runs<1, 4>) kRuns[] = {add_runs<1, 4>, add_runs<2, 4>, add_runs<3, 4>, add_runs<4, 3>};
+  const int whole = n / 8 * 8;
+  for (int t = 0; t < tokens; t += kFewTile)
+    for (int row = 0; row < rows; row += kFewRows) {
+      const int some = least(kFewTile, tokens - t), height = least(kFewRows, rows - row), inputs = Piece::inputs(some);
+      alignas(32) Lanes lanes[kFewTile] = {};
+      for (int begin = 0; begin < whole; begin += inputs) {
+        const float* xs[kFewTile];
+        for (int j = 0; j < some; j++) xs[j] = x[t + j] + begin;
+        kRuns[some - 1](xs, w + row * w_stride + begin, w_stride, height, {least(inputs, whole - begin), whole}, lanes);
+      }
+      sum_up(lanes, some, height, out + t * out_stride + row, out_stride);
     }
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < rows; r++)
+      for (int i = whole; i < n; i++) out[t * out_stride + r] += x[t][i] * to_float(w[r * w_stride + i]);
 }
 
 __m256i table(int64_t first, int64_t last) { return _mm256_setr_epi64x(first, last, first, last); }
@@ -136,13 +153,13 @@ struct Int8 {
   }
 };
 
-// out[t * out_stride] += x[t] . w, x in order. A group is summed before it is scaled. What lies `ahead` is asked for.
+// lanes[t][row] += x[t] . w, x in order. A group is summed before it is scaled.
 template <class Format, int kTokens>
 void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, const bf16* scale, int64_t scale_ahead,
-                    int groups, float* out, int out_stride) {
+                    int groups, Lanes* lanes, int row) {
   __m256 sum[kTokens];
 #pragma GCC unroll 4
-  for (auto& s : sum) s = _mm256_setzero_ps();
+  for (int t = 0; t < kTokens; t++) sum[t] = _mm256_load_ps(lanes[t][row]);
   const auto add_group = [&](int g, __m256i s) {
     __m256 q[4];
     Format::decode(w + Format::kGroupBytes * g, q);
@@ -168,27 +185,35 @@ void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, cons
   }
   for (; g < groups; g++) add_group(g, _mm256_set1_epi32(int(unsigned(scale[g].bits) << 16)));
 #pragma GCC unroll 4
-  for (int t = 0; t < kTokens; t++) out[t * out_stride] += sum_lanes(sum[t]);
+  for (int t = 0; t < kTokens; t++) _mm256_store_ps(lanes[t][row], sum[t]);
 }
 
 template <class Format>
 void few_groups(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                 int64_t scale_stride, int rows, int n, float* out, int out_stride) {
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) out[t * out_stride + r] = 0;
   constexpr decltype(&add_few_groups<Format, 1>) kAdd[] = {add_few_groups<Format, 1>, add_few_groups<Format, 2>,
                                                            add_few_groups<Format, 3>, add_few_groups<Format, 4>};
-  constexpr int kGroups = kFewInputs / 32, kBytes = kGroups * Format::kGroupBytes;
-  alignas(64) float ordered[kFewTile][kFewInputs];
-  const float* xs[kFewTile] = {ordered[0], ordered[1], ordered[2], ordered[3]};
-  for (int i = 0; i * kFewInputs < n; i++)
-    for (int t = 0; t < tokens; t += kFewTile) {
-      const int some = least(kFewTile, tokens - t), size = least(kFewInputs, n - i * kFewInputs);
-      for (int j = 0; j < some; j++) Format::put_in_order(x[t + j] + i * kFewInputs, size, ordered[j]);
-      for (int r = 0; r < rows; r++)
-        kAdd[some - 1](xs, w + r * w_stride + i * kBytes, to_next(r, rows, w_stride, kBytes),
-                       scale + r * scale_stride + i * kGroups, to_next(r, rows, scale_stride, kGroups), size / 32,
-                       out + t * out_stride + r, out_stride);
+  constexpr int kBytes = Format::kGroupBytes;
+  alignas(64) float ordered[kFewInputs];
+  for (int t = 0; t < tokens; t += kFewTile)
+    for (int row = 0; row < rows; row += kFewRows) {
+      const int some = least(kFewTile, tokens - t), height = least(kFewRows, rows - row), inputs = Piece::inputs(some);
+      alignas(32) Lanes lanes[kFewTile] = {};
+      for (int begin = 0; begin < n; begin += inputs) {
+        const Piece p{least(inputs, n - begin), n};
+        const float* xs[kFewTile];
+        for (int j = 0; j < some; j++) {
+          Format::put_in_order(x[t + j] + begin, p.n, ordered + j * inputs);
+          xs[j] = ordered + j * inputs;
+        }
+        const int g = begin / 32, groups = inputs / 32;
+        for (int r = 0; r < height; r++)
+          kAdd[some - 1](xs, w + (row + r) * w_stride + g * kBytes,
+                         p.ahead(r, height, w_stride, groups * kBytes, kAheadBytes),
+                         scale + (row + r) * scale_stride + g,
+                         p.ahead(r, height, scale_stride, groups, kAheadBytes / kBytes), p.n / 32, lanes, r);
+      }
+      sum_up(lanes, some, height, out + t * out_stride + row, out_stride);
     }
 }
 
