@@ -58,6 +58,9 @@ def calls():
         "batched_gemm transposed": lambda: [ops.batched_gemm(per_head, heads[:, :40], transpose_weight=True)],
         "gemm_int4": lambda: [ops.gemm_int4(x, packed, scale)],
         "gemm_int4 of one row": lambda: [ops.gemm_int4(x[:1], packed, scale)],
+        "quantize_int8": lambda: list(ops.quantize_int8(weight)),
+        "gemm_int8": lambda: [ops.gemm_int8(x, *ops.quantize_int8(weight))],
+        "gemm_int8 of one row": lambda: [ops.gemm_int8(x[:1], *ops.quantize_int8(weight))],
         "dequantize_int4": lambda: [ops.dequantize_int4(packed, scale)],
         "quantize_int4": lambda: list(ops.quantize_int4(x)),
         "silu_and_mul": lambda: [ops.silu_and_mul(x)],
@@ -75,6 +78,8 @@ def calls():
         "fused_moe": lambda: [ops.fused_moe(x, weights, ids, plain_up, plain_up, plain_down)],
         "fused_moe INT4": lambda: [ops.fused_moe(x, weights, ids, up, up, down)],
         "fused_moe INT4 of one row": lambda: [ops.fused_moe(x[:1], weights[:1], ids[:1], up, up, down)],
+        "fused_moe INT4 int16": lambda: [ops.fused_moe(x, weights, ids, up, up, down, activations="int16")],
+        "fused_moe INT4 int8": lambda: [ops.fused_moe(x, weights, ids, up, up, down, activations="int8")],
         "top_k_top_p_sample": lambda: [ops.top_k_top_p_sample(logits, uniform, 0.8, 20, 0.9, 0.01)],
     }
 
