@@ -23,7 +23,8 @@ struct TransposedMatrix {
 
 void batched_gemm(const BatchedGemmParams& p) {
   const Kernels& k = kernels();
-  const Blocks blocks{p.T, p.n_out};
+  // Columns of a transposed weight come in runs as long as the block is high.
+  const Blocks blocks = p.transpose_weight ? Blocks{p.T, p.n_out, kBlockRows} : Blocks{p.T, p.n_out};
   parallel_for(p.N * blocks.count(), 1, [&](int64_t item, int64_t) {
     const int64_t n = item / blocks.count();
     const bf16* weight = p.weight + n * p.weight_stride_n;

@@ -38,8 +38,8 @@ struct AttentionKernels {
 };
 
 // Products with stored weights in float32. Few tokens take the weights from where they lie. More multiply a strip of
-// weight rows that is decoded once for all of them: panel [n][kStrip], aligned to 64. w_stride is in
-// bytes where weights are, scale_stride in elements.
+// weight rows that is decoded once for all of them: panel [n][kStrip], aligned to 64. Strides and `ahead`
+// are in elements, those of INT4 weights in bytes.
 constexpr int kFewTokens = 8, kStrip = 16;
 
 struct GemmKernels {

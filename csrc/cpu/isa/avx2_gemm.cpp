@@ -1,4 +1,4 @@
-// Products with bf16 and INT4 weights in float32, for AVX2 + FMA.
+// Products with bf16, INT4 and int8 weights in float32, for AVX2 + FMA.
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -29,8 +29,8 @@ __m256 load_bf16(const bf16* p) {
 void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 void prefetch_l2(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
-// A piece of a product with a few tokens: n inputs of rows that have `all`. Sums go on from
-// piece to piece in eight lanes, so their order does not depend on the pieces, which depend on the tokens.
+// A piece of a product with a few tokens: n inputs of rows that have `all`. Sums go on from piece to piece in eight
+// lanes, so their order does not depend on the pieces, which depend on the tokens.
 struct Piece {
   int n, all;
 
@@ -275,6 +275,7 @@ void pack_bf16(const bf16* w, int64_t w_stride, int64_t ahead, int rows, int n, 
 void pack_bf16_transposed(const bf16* w, int64_t w_stride, int rows, int n, float* panel) {
   for (int i = 0; i < n; i++) {
     const bf16* at = w + i * w_stride;
+    prefetch(at + 16 * w_stride), prefetch(at + 2 * kStrip);  // rows further down, and the strip after the next
     if (rows == kStrip) {
       _mm256_store_ps(panel + i * kStrip, load_bf16(at));
       _mm256_store_ps(panel + i * kStrip + 8, load_bf16(at + 8));

@@ -1,4 +1,4 @@
-// The plain version of the products with stored weights: the reference that the other tables are tested against.
+// The plain version of the products with stored weights: what the other tables are tested against.
 #include "cpu/kernels.h"
 
 namespace kimi::cpu {
