@@ -71,6 +71,7 @@ SAMPLING += [
     "--presence-penalty",
     "--frequency-penalty",
     "--cache-dtype",
+    "--expert-cache",
     "--instant",
 ]
 HELP = {
