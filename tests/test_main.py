@@ -74,6 +74,7 @@ SAMPLING += [
     "--activations",
     "--dense",
     "--cache-dtype",
+    "--expert-cache",
     "--instant",
 ]
 HELP = {

@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import re
+import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,7 +24,7 @@ from kimi_native.placement import Experts, available_memory
 READERS = 4  # reads under way at a time; more gained nothing, one alone depends on the disk
 BLOCK = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 RESERVE = 2_000_000_000  # bytes left to latent cache, scratch, interpreter and other programs
-HALF_LIFE = 256  # tokens after which a use counts half
+HALF_LIFE = 64  # tokens after which a use counts half
 
 Layer = tuple[Experts, Experts, Experts]  # gate, up, down
 
@@ -86,12 +87,14 @@ class ExpertCache:
                     self.files[file] = _open(file)
                     weakref.finalize(self, os.close, self.files[file])
         self.readers = ThreadPoolExecutor(READERS, "expert-reader")
-        self.residents: dict[tuple[int, int], Resident] = {}  # (layer, expert) -> where it is
-        self.owners = np.full(self.slots, -1)  # layer * E + expert, or -1 for a free slot
-        self.E = len(layers[0][0].entries)
-        self.heat = np.full((len(layers), self.E), -np.inf)  # log2 of how often each was used, of late most
+        # By layer * E + expert. An expert is in memory if it owns its slot: that is written last when it comes and
+        # first when it goes, so that a call broken off by Ctrl-C leaves nothing half done.
+        self.residents: dict[int, Resident] = {}
+        self.owners = np.full(self.slots, -1)
+        self.heat = np.full((len(layers), len(layers[0][0].entries)), -np.inf)  # log2 of the uses, of late ones most
         self.tokens = np.zeros(len(layers))
         self.hits = self.misses = self.read_bytes = 0
+        self.lock = threading.Lock()  # a second Python thread would give up experts that this one multiplies with
 
     @property
     def hit_rate(self) -> float:
@@ -108,60 +111,73 @@ class ExpertCache:
         They are then taken in ascending groups of half the slots, one read while another is multiplied. Adding up the
         groups differs from one sum in the last bits; what is in memory makes no difference.
         """
+        with self.lock:
+            return self._fused_moe(layer, x, topk_weights, topk_ids, activations)
+
+    def _fused_moe(self, layer, x, topk_weights, topk_ids, activations):
         ids, local, counts = np.unique(topk_ids, return_inverse=True, return_counts=True)
         local = local.reshape(topk_ids.shape).astype(np.int32)
         self.tokens[layer] += len(x)
         age = self.tokens[layer] / HALF_LIFE
         self.heat[layer, ids] = np.logaddexp2(self.heat[layer, ids], np.log2(counts) + age)
         size = len(ids) if len(ids) <= self.slots else self.slots // 2
-        starts = range(0, len(ids), size)
-        groups = [[(layer, int(e)) for e in ids[start : start + size]] for start in starts]
+        keys = (layer * self.heat.shape[1] + ids).tolist()
+        groups = [keys[start : start + size] for start in range(0, len(keys), size)]
         self._start(groups[0], groups[0])
         out = None
-        for i, start in enumerate(starts):
+        for i, group in enumerate(groups):
             if i + 1 < len(groups):
-                self._start(groups[i + 1], groups[i] + groups[i + 1])
-            projections = self._finish(groups[i])
-            here = (local >= start) & (local < start + size)
-            ids_here = np.where(here, local - np.int32(start), np.int32(-1))
+                self._start(groups[i + 1], group + groups[i + 1])
+            projections = self._finish(group)
+            ids_here = local - np.int32(i * size)
+            ids_here[(ids_here < 0) | (ids_here >= size)] = -1
             part = ops.fused_moe(x, topk_weights, ids_here, *projections, activations=activations)
             out = part if out is None else out + part
         return out
 
-    def _start(self, group: list, kept: list) -> None:
+    def _is_resident(self, key: int) -> bool:
+        return key in self.residents and self.owners[self.residents[key].slot] == key
+
+    def _start(self, group: list[int], kept: list[int]) -> None:
         """Have the missing experts of `group` read into slots that no expert of `kept` has."""
-        missing = [key for key in group if key not in self.residents]
+        missing = [key for key in group if not self._is_resident(key)]
         self.hits, self.misses = self.hits + len(group) - len(missing), self.misses + len(missing)
         for key, slot in zip(missing, self._free_slots(len(missing), kept), strict=True):
-            self.owners[slot] = key[0] * self.E + key[1]
-            position, arrays, reads = slot * self.slot_bytes, [], []
-            for projection in self.layers[key[0]]:
-                arrays.append([])
-                for entry in projection.entries[key[1]]:
-                    first = entry.begin // BLOCK * BLOCK
-                    reads.append(self.readers.submit(self._read, entry, first, position))
-                    at = position + entry.begin - first
-                    arrays[-1].append(np.ndarray(entry.shape, DTYPES[entry.dtype], self.memory, at))
-                    self.read_bytes += entry.nbytes
-                    position += _span(entry.nbytes)
-            self.residents[key] = Resident(slot, arrays, reads)
+            layer, expert = divmod(key, self.heat.shape[1])
+            position, resident = slot * self.slot_bytes, Resident(slot, [], [])
+            try:
+                for projection in self.layers[layer]:
+                    resident.arrays.append([])
+                    for entry in projection.entries[expert]:
+                        first = entry.begin // BLOCK * BLOCK
+                        resident.reads.append(self.readers.submit(self._read, entry, first, position))
+                        at = position + entry.begin - first
+                        resident.arrays[-1].append(np.ndarray(entry.shape, DTYPES[entry.dtype], self.memory, at))
+                        self.read_bytes += entry.nbytes
+                        position += _span(entry.nbytes)
+                self.residents[key] = resident
+                self.owners[slot] = key
+            except BaseException:
+                wait(resident.reads)
+                raise
 
-    def _free_slots(self, count: int, kept: list) -> list[int]:
+    def _free_slots(self, count: int, kept: list[int]) -> list[int]:
         """`count` slots, those never used first, then those whose experts were used least, which are given up."""
         heat = np.where(self.owners < 0, -np.inf, self.heat.ravel()[self.owners])
-        heat[[self.residents[key].slot for key in kept if key in self.residents]] = np.inf
+        heat[[self.residents[key].slot for key in kept if self._is_resident(key)]] = np.inf
         slots = np.argpartition(heat, count - 1)[:count].tolist() if count else []
         for slot in slots:
             if self.owners[slot] >= 0:
-                self._give_up(divmod(int(self.owners[slot]), self.E))
+                self._give_up(int(self.owners[slot]))
         return slots
 
-    def _give_up(self, key: tuple[int, int]) -> None:
-        resident = self.residents.pop(key)
+    def _give_up(self, key: int) -> None:
+        resident = self.residents[key]
         wait(resident.reads)  # there are some if a call was broken off, and they write to the slot
         self.owners[resident.slot] = -1
+        del self.residents[key]
 
-    def _finish(self, group: list) -> list[ops.ExpertWeights]:
+    def _finish(self, group: list[int]) -> list[ops.ExpertWeights]:
         """The three projections of the experts of `group`, as soon as they are there."""
         residents = [self.residents[key] for key in group]
         for key, resident in zip(group, residents, strict=True):
@@ -180,8 +196,11 @@ class ExpertCache:
         done = 0
         with memoryview(self.memory) as memory:
             while True:
-                with memory[position + done : position + length] as rest:
-                    count = os.preadv(self.files[entry.file], [rest], first + done)
+                try:
+                    with memory[position + done : position + length] as rest:
+                        count = os.preadv(self.files[entry.file], [rest], first + done)
+                except OSError as error:
+                    raise CheckpointError(f"{entry.file}: cannot be read ({error.strerror}), expected bytes") from error
                 if first + done + count >= entry.end:
                     return
                 if count < BLOCK:
