@@ -14,8 +14,9 @@ One line a case:
                converted to float32 as part of the work)
 
 With --peers, fused_moe, gemm_int4, mla_decode and generate run others' code on the same weights too, each package of
-the extra `bench` that is installed. Calls alternate with ours. A peer has a line of its own below ours, its name in the
-place of isa; its last column says how many times faster we are and how far apart the results (norm of the difference).
+the extra `bench` that is installed, and kt-kernel. Calls alternate with ours. A peer has a line of its own below ours,
+its name in the place of isa; its last column says how many times faster we are and how far apart the results are (norm
+of the difference over that of ours).
 
 With --device cuda: CuPy arrays on the current GPU, activations in bf16, the shapes of the full model. Other columns:
 

@@ -47,7 +47,7 @@ def run_experts(harness, rng, cases, E, intermediate):
                 operations=2 * np.count_nonzero(ids >= 0) * weights_per_expert,
                 baseline=numpy_layer if activations == "int16" else None,
                 cpu_peers=lambda x=x, weights=weights, ids=ids, activations=activations: others.calls(
-                    x, weights, ids, exact=activations == "float32"
+                    x, weights, ids, activations
                 ),
             )
 

@@ -5,9 +5,9 @@ Each function returns {name: call}; a call returns its result, which the harness
 
 from importlib.metadata import PackageNotFoundError, version
 
-from bench import ggml
+from bench import ggml, kt_experts
 
-PACKAGES = ("ik-llama-cpp-python", "onnxruntime")
+PACKAGES = ("ik-llama-cpp-python", "onnxruntime", "kt-kernel")
 ONNX_ACCURACY = {"onnxruntime i8": 4, "onnxruntime f32": 1}
 
 
@@ -43,21 +43,24 @@ def ik_model():
 
 
 class Experts:
-    """The routed experts of a layer, in ik_llama.cpp's layout when they are first asked for."""
+    """The routed experts of a layer, in each peer's layout from when it is first asked for."""
 
     def __init__(self, arrays):
         """arrays: of each expert gate, up and down, each (packed, scale)."""
-        self._arrays, self._ik = arrays, None
+        self._arrays, self._ik, self._kt = arrays, None, None
 
-    def calls(self, x, topk_weights, topk_ids, exact: bool):
-        """exact: those that leave activations float32, else those that round them."""
+    def calls(self, x, topk_weights, topk_ids, activations: str):
+        """Those to compare ours with: float32 with exact ones, int8 with int8, int16 with those and bf16."""
         case, found = (x, topk_weights, topk_ids), {}
-        if ggml.library() and not exact:
+        if ggml.library() and activations != "float32":
             self._ik = self._ik or ggml.Experts(self._arrays)
             found["ik_llama.cpp"] = self._ik.call(*case)
         if onnx_experts():
-            name = "onnxruntime f32" if exact else "onnxruntime i8"
+            name = "onnxruntime f32" if activations == "float32" else "onnxruntime i8"
             found[name] = onnx_experts().experts(*case, self._arrays, ONNX_ACCURACY[name])
+        if kt_experts.extension() and activations == "int16" and len(x) <= kt_experts.MAX_TOKENS:
+            self._kt = self._kt or kt_experts.Experts(self._arrays, topk_ids.shape[1])
+            found["kt-kernel bf16"] = self._kt.call(*case)
         return found
 
 

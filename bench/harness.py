@@ -26,7 +26,7 @@ from bench.roofline import Roof, last_level_cache
 
 COLUMNS = "{:23}{:32}{:17}{:>10}  {:>6}  {:34}{:>7}  {}"
 
-SPINNING = 0.02  # seconds for which the threads of OpenMP and onnxruntime may go on taking a core after a call
+SPINNING = 0.1  # seconds for which the threads of OpenMP and kt-kernel may go on taking a core after a call
 
 
 class Harness:
@@ -191,7 +191,7 @@ class Harness:
 
 def relative_error(result, expected) -> float:
     """The norm of the difference over that of what was expected."""
-    return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(result.astype(np.float32) - expected) / np.linalg.norm(expected))
 
 
 def spread(seconds: list[float]) -> float:

@@ -1,30 +1,12 @@
 """A GGUF file in ik_llama.cpp, through the wheel's own ctypes: repacked at load, flash attention, mla 3."""
 
-import ctypes
-import os
-from contextlib import contextmanager
-
 import numpy as np
 from ik_llama_cpp import _ctypes_api as api
 from kimi_native import ops
 
+from bench.quiet import silence
+
 BATCH = 512
-
-
-@contextmanager
-def silence():
-    """The library prints a line for each layer; lines of the bench would lie between them."""
-    libc, saved = ctypes.CDLL(None), [os.dup(1), os.dup(2)]
-    with open(os.devnull, "wb") as nowhere:
-        for number in (1, 2):
-            os.dup2(nowhere.fileno(), number)
-    try:
-        yield
-    finally:
-        libc.fflush(None)
-        for number, copy in enumerate(saved, 1):
-            os.dup2(copy, number)
-            os.close(copy)
 
 
 class IkModel:
