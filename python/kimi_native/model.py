@@ -284,8 +284,8 @@ class Model:
         weights = Weights(checkpoint, checkpoint.prefix, activations=activations, dense=dense)
         self._build(weights, progress if device == "cpu" else None)
         # What one token reads: everything but the embedding table and the experts it is not routed to.
-        experts = weights.read_bytes["experts"]
-        self.bytes_per_token = weights.read_bytes["dense"] + experts * c.num_experts_per_tok // c.n_routed_experts
+        mapped, rounded, experts = weights.read_bytes.values()
+        self.bytes_per_token = mapped + rounded + experts * c.num_experts_per_tok // c.n_routed_experts
         self._place = np.asarray
         if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
             self._place = gpu.put
@@ -294,8 +294,7 @@ class Model:
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
             upload.finish()
-        mapped = weights.read_bytes["dense"] if device == "cpu" else 0
-        self.expert_cache = self._cache_experts(expert_cache, mapped, experts)
+        self.expert_cache = self._cache_experts(expert_cache, mapped if device == "cpu" else 0, experts)
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
 
@@ -310,7 +309,7 @@ class Model:
         self.lm_head = Linear(weights, "lm_head", c.vocab_size, c.hidden_size)
 
     def _cache_experts(self, asked: int | None, dense: int, experts: int) -> ExpertCache | None:
-        """dense, experts: bytes of the weights in host memory. None where the experts stay mapped."""
+        """dense, experts: bytes of the weights that are mapped in host memory. None where the experts stay mapped."""
         if self.device == "cuda" and not self.experts_on_host:
             if asked is not None:
                 raise ValueError(f"expert_cache is {asked!r}, expected None with the experts on the GPU")

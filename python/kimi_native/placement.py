@@ -97,9 +97,9 @@ class Weights:
     """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name.
 
     With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
-    add up what was asked for, dense and experts: the bytes themselves, and what they take in an upload. activations:
-    what INT4 experts that stay on the host are multiplied by. dense: "int8" rounds what `linear` gives out, experts
-    excepted.
+    add up what was asked for, dense (and what was rounded of it) and experts: the bytes themselves, and what they take
+    in an upload. activations: what INT4 experts that stay on the host are multiplied by. dense: "int8" rounds what
+    `linear` gives out, experts excepted.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Weights:
     ):
         self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
         self.activations, self.dense = activations, dense
-        self.read_bytes, self.room = {"dense": 0, "experts": 0}, {"dense": 0, "experts": 0}
+        self.read_bytes, self.room = {"dense": 0, "rounded": 0, "experts": 0}, {"dense": 0, "experts": 0}
 
     def __truediv__(self, name: str) -> "Weights":
         prefix = f"{self.prefix}{name}."
@@ -138,7 +138,7 @@ class Weights:
         if n_in % GROUP:
             raise CheckpointError(f'{name}: has {n_in} inputs, expected a multiple of {GROUP} for dense="int8"')
         arrays = ops.quantize_int8(self.checkpoint.tensor(name, (n_out, n_in), "BF16"))
-        self.read_bytes["dense"] += sum(array.nbytes for array in arrays)
+        self.read_bytes["rounded"] += sum(array.nbytes for array in arrays)
         return arrays
 
     def experts(self, name: str, count: int, n_out: int, n_in: int) -> "Experts":
