@@ -7,14 +7,17 @@
 #   memcheck     compute-sanitizer over the first case of each test of an op
 #   racecheck    likewise
 #   benches      python -m bench --device cuda
+#   cpu          the tests of the CPU kernels and of the model, on every instruction set of the machine's processor
+#   cpu_benches  python -m bench of the kernels that decoding spends its time in, on each but scalar
 #
 # Needs a GPU, nvcc, CuPy and what the build and the tests import, no network. No part takes ten minutes, one that fails
 # does not stop the others, and several calls may share an OUT. It gets log.txt, conformance.txt (commit it as the
-# emulator's record once the differences are understood), bench.jsonl and results.md (commit it as
+# emulator's record once the differences are understood), bench.jsonl, bench_<instruction set>.jsonl and results.md (commit it as
 # bench/results/<chip>-<date>.md). The variable COMMIT names the commit where git does not.
 set -uo pipefail
-PARTS=(build conformance tests memcheck racecheck benches)
-declare -A LIMIT=([build]=420 [conformance]=90 [tests]=540 [memcheck]=300 [racecheck]=300 [benches]=560) # seconds
+PARTS=(build conformance tests memcheck racecheck benches cpu cpu_benches)
+declare -A LIMIT=([build]=420 [conformance]=90 [tests]=540 [memcheck]=300 [racecheck]=300 [benches]=560 [cpu]=400
+  [cpu_benches]=400) # seconds
 
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -68,6 +71,26 @@ racecheck() { sanitizer racecheck; }
 
 benches() { python3 -m bench --device cuda --json > "$out/bench.jsonl" && echo "$(wc -l < "$out/bench.jsonl") lines"; }
 
+isas() { python3 -c 'from kimi_native import ops; print(*ops.available_isas())'; }
+
+cpu() {
+  local isa
+  python3 -m pytest -q -m "not cuda" -k cpu- tests/ops || return
+  for isa in $(isas); do
+    echo "the model on $isa"
+    KIMI_ISA=$isa python3 -m pytest -q tests/test_model.py tests/test_golden.py tests/test_threads.py || return
+  done
+}
+
+cpu_benches() {
+  local isa
+  for isa in $(isas); do
+    [ "$isa" = scalar ] || python3 -m bench fused_moe gemm gemm_int8 mla_decode --isa "$isa" --quick --json \
+      > "$out/bench_$isa.jsonl" || return
+  done
+  wc -l "$out"/bench_*.jsonl | tail -1
+}
+
 chip() { nvidia-smi -i 0 --query-gpu=name --format=csv,noheader; }
 
 # results ABOUT: the page of the benches, and what became of each part when it was last run
@@ -104,6 +127,6 @@ main() {
   echo "passed: ${PARTS[*]}"
 }
 
-export -f build conformance tests sanitizer memcheck racecheck benches chip
+export -f build conformance tests sanitizer memcheck racecheck benches isas cpu cpu_benches chip
 main 2>&1 | tee -a "$out/log.txt"
 exit "${PIPESTATUS[0]}"

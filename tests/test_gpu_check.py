@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["build", "conformance", "tests", "memcheck", "racecheck", "benches"]
+PARTS = ["build", "conformance", "tests", "memcheck", "racecheck", "benches", "cpu", "cpu_benches"]
 
 PROGRAMS = {
     "nvidia-smi": """case "$*" in
@@ -27,7 +27,8 @@ echo "ERROR SUMMARY: 0 errors\"""",
   *results_page*) exec "$PYTHON" "$@";;
   *"-m bench"*) cat "$BENCH";;
   *--collect-only*) printf '%s\\n' 'a.py::x[cuda-1]' 'a.py::x[cuda-2]' 'a.py::y[cuda]' '3 tests collected';;
-  *"-m pytest"*) echo "3 passed in 1.00s";;
+  *available_isas*) echo scalar avx2 avx512;;
+  *"-m pytest"*) echo "on ${KIMI_ISA-any}" >> "$CALLED"; echo "3 passed in 1.00s";;
 esac""",
 }
 BENCH = [
@@ -69,6 +70,7 @@ def check(tmp_path):
 
     def run(*parts, status=0, **environment):
         environment = {"PYTHON": sys.executable, "BENCH": str(tmp_path / "bench.jsonl"), **environment}
+        environment["CALLED"] = str(tmp_path / "called")
         environment["PATH"] = f"{programs}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", ROOT / "tests" / "gpu_check.sh", out, *parts],
@@ -87,12 +89,14 @@ def check(tmp_path):
 def test_all_parts_and_what_they_leave(check):
     said, pages, called = check()
     assert [line.split()[1] for line in said.splitlines() if line.startswith("===")] == PARTS
-    assert said.endswith("passed: build conformance tests memcheck racecheck benches\n") and pages["log.txt"] == said
+    assert said.endswith(f"passed: {' '.join(PARTS)}\n") and pages["log.txt"] == said
     assert pages["conformance.txt"].startswith("# From NVIDIA H100 80GB HBM3.\nshuffles 0 ")
     assert "pip install -q --no-index --no-deps --no-build-isolation" in called
     assert "code=sm_90a tests/emulator/conformance.cu" in called
     assert all(f"--tool {tool}" in called for tool in ("memcheck", "racecheck"))
     assert called.count("no:cacheprovider a.py::x[cuda-1] a.py::y[cuda]\n") == 2  # the first case of each test
+    assert all(f"on {isa}\n" in called for isa in ("scalar", "avx2", "avx512"))
+    assert set(pages) >= {"bench_avx2.jsonl", "bench_avx512.jsonl"} and "bench_scalar.jsonl" not in pages
     page = pages["results.md"]
     assert page.startswith("# NVIDIA H100 80GB HBM3, 2026-01-02\n")
     assert "NVIDIA H100 80GB HBM3, driver 580.1, nvcc 13.0, commit abc1234." in page
