@@ -161,7 +161,7 @@ struct Prefetch {
   int due = 0;  // blocks of rows that have been read and not been replaced by others asked for
 
   Prefetch(const Matrix& m, int rows)
-      : w(m.packed(rows, 0) + 2048), scale(reinterpret_cast<const uint8_t*>(m.scales(rows, 0)) + 256) {}
+      : w(m.packed(rows, 0) + 4096), scale(reinterpret_cast<const uint8_t*>(m.scales(rows, 0)) + 512) {}
 
   void next_block() {
     _mm_prefetch(w, _MM_HINT_T0), _mm_prefetch(w + 64, _MM_HINT_T0);
