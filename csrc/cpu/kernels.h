@@ -8,9 +8,9 @@
 namespace kimi::cpu {
 
 // Products of INT4 weights with integers. Each group of 32 inputs of x becomes d * q, where d is its largest magnitude
-// over the largest integer and q has `digits` signed bytes: one (to 127), or two, 128 * high + low (to 16319). A group
-// that is not finite gets d = NaN. A row of such inputs takes row_bytes(n), aligned to 64, in an order that suits the
-// instruction set; n is a multiple of 32.
+// over the largest integer: 127 with one digit, 16319 = 128 * 127 + 63 with two, which may be signed bytes 128 * high +
+// low or an int16. A group that is not finite gets d = NaN. A row of such inputs takes row_bytes(n), aligned to 64, in
+// an order that suits the instruction set; n is a multiple of 32.
 struct QuantizedKernels {
   size_t (*row_bytes)(int n, int digits);
   void (*quantize)(const float* x, int n, int digits, void* row);
