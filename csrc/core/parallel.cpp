@@ -70,8 +70,9 @@ class Pool {
 
   void close() {
     const uint32_t joined = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kJoined;
-    auto all_finished = [&] { return finished_.load(std::memory_order_acquire) == joined; };
-    while (!spin_until(all_finished)) std::this_thread::yield();
+    uint32_t finished = 0;
+    auto all_finished = [&] { return (finished = finished_.load(std::memory_order_acquire)) == joined; };
+    while (!spin_until(all_finished)) finished_.wait(finished, std::memory_order_acquire);
   }
 
   bool join(uint32_t state) {
@@ -99,6 +100,7 @@ class Pool {
       seen = state & ~(kOpen | kJoined);
       take_pieces();
       finished_.fetch_add(1, std::memory_order_release);
+      finished_.notify_one();
     }
   }
 
