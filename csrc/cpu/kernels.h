@@ -51,6 +51,9 @@ struct GemmKernels {
                    int64_t scale_stride, int rows, int n, float* out, int out_stride);
   void (*few_int8)(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int n, float* out, int out_stride);
+  // out[t * out_stride + c] = sum_i x[t][i] * w[i][c] for tokens <= kFewTokens, c < columns, i ascending
+  void (*few_bf16_transposed)(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int columns, int n,
+                              float* out, int64_t out_stride);
   // panel[i * kStrip + r] = w[r][i] for rows <= kStrip, or w[i][r]; what lies beyond `rows` is any number. `ahead` is
   // the way from w to what will be packed next, to ask for it.
   void (*pack_bf16)(const bf16* w, int64_t w_stride, int64_t ahead, int rows, int n, float* panel);

@@ -6,7 +6,9 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int64_t kMinSplit = 192, kMaxPieces = 64;  // a split is a whole number of the model's key blocks
+// A split is a whole number of the model's key blocks: as few as let kFewSplits cover the context, at most kLongSplit
+// keys. Longer ones where there would be over kMaxPieces pieces of work.
+constexpr int64_t kKeyBlock = 48, kLongSplit = 4 * kKeyBlock, kFewSplits = 8, kMaxPieces = 64;
 static_assert(kMaxMlaDecodeWidth * kLanes <= kScratch && kMaxMlaDecodeWidth <= kPanel);
 
 // The heads of a sequence's queries fill strips. Strips of a group share the rows they read; the keys are cut into
@@ -21,7 +23,8 @@ struct Pieces {
     group = strips_in_scratch(p.C + p.R);
     groups = (strips + group - 1) / group;
     const int64_t most = std::max<int64_t>(1, kMaxPieces / std::max<int64_t>(1, p.B * groups));
-    split = std::max(kMinSplit, (p.max_seq_len + most - 1) / most);
+    const int64_t blocks = (p.max_seq_len + kFewSplits * kKeyBlock - 1) / (kFewSplits * kKeyBlock);
+    split = std::max(std::clamp(blocks * kKeyBlock, kKeyBlock, kLongSplit), (p.max_seq_len + most - 1) / most);
     splits = (p.max_seq_len + split - 1) / split;
   }
 };

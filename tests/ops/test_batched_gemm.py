@@ -22,7 +22,9 @@ def test_absorbed_projections_of_the_model(on, rng, T):
 
 @pytest.mark.parametrize("transpose_weight", [False, True])
 @pytest.mark.parametrize("T", [0, 1, 2, 5, 8, 17, 33])
-@pytest.mark.parametrize(("N", "n_in", "n_out"), [(1, 1, 1), (3, 7, 31), (2, 31, 7), (5, 257, 3), (0, 4, 4), (2, 4, 0)])
+@pytest.mark.parametrize(
+    ("N", "n_in", "n_out"), [(1, 1, 1), (3, 7, 31), (2, 31, 7), (5, 257, 3), (2, 9, 557), (0, 4, 4), (2, 4, 0)]
+)
 def test_hostile_shapes(on, rng, T, N, n_in, n_out, transpose_weight):
     shape = (N, n_in, n_out) if transpose_weight else (N, n_out, n_in)
     x, weight = on.normal(rng, T, N, n_in), normal(rng, *shape, dtype=BF16)

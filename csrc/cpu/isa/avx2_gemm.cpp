@@ -10,6 +10,7 @@ constexpr int kTileTokens = 6;  // by kStrip weight rows: 12 sums, two vectors o
 // Where weights are read from memory: tokens that share them in registers, rows whose sums are kept at a time, inputs
 // of all tokens of a tile together, which stay in the L1 cache, and bytes or rows that are asked for ahead.
 constexpr int kFewTile = 4, kFewRows = 64, kFewInputs = 8192, kAheadBytes = 2048, kAheadRows = 2;
+constexpr int kFewColumns = 512, kAheadTransposed = 4;  // of a transposed weight: sums kept, rows asked for ahead
 
 int least(int a, int b) { return a < b ? a : b; }
 
@@ -108,6 +109,69 @@ void few_bf16(const float* const* x, int tokens, const bf16* w, int64_t w_stride
   for (int t = 0; t < tokens; t++)
     for (int r = 0; r < rows; r++)
       for (int i = whole; i < n; i++) out[t * out_stride + r] += x[t][i] * to_float(w[r * w_stride + i]);
+}
+
+// Of each token. Padded: stores a multiple of 4 KiB before a load would hold it up.
+using ColumnSums = float[kFewColumns + kStrip];
+
+// sums[t][c] += sum_r x[t][r] * w[r][c] for r < kRows, c < columns, r ascending
+template <int kTokens, int kRows>
+void add_rows(const float* const* x, const bf16* w, int64_t stride, int columns, ColumnSums* sums) {
+  __m256 value[kTokens][kRows];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r++) value[t][r] = _mm256_broadcast_ss(x[t] + r);
+  const auto add = [&](int c) {
+    __m256 sum[kTokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) sum[t] = _mm256_load_ps(sums[t] + c);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r++) {
+      const __m256 weight = load_bf16(w + r * stride + c);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; t++) sum[t] = _mm256_fmadd_ps(value[t][r], weight, sum[t]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) _mm256_store_ps(sums[t] + c, sum[t]);
+  };
+  int c = 0;
+  for (; c + 32 <= columns; c += 32) {
+    for (int r = 0; r < kRows; r++) prefetch(w + (r + kAheadTransposed) * stride + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < 32; j += 8) add(c + j);
+  }
+  for (; c + 8 <= columns; c += 8) add(c);
+  for (; c < columns; c++)
+    for (int t = 0; t < kTokens; t++)
+      for (int r = 0; r < kRows; r++) sums[t][c] += x[t][r] * to_float(w[r * stride + c]);
+}
+
+// One or two tokens read row after row, in the order of memory. More take two rows at a time.
+template <int kTokens>
+void add_transposed(const float* const* x, const bf16* w, int64_t stride, int columns, int n, ColumnSums* sums) {
+  constexpr int kRows = kTokens <= 2 ? 1 : 2;
+  const float* xs[kTokens];
+  int i = 0;
+  const auto at = [&] {
+    for (int t = 0; t < kTokens; t++) xs[t] = x[t] + i;
+    return xs;
+  };
+  for (; i + kRows <= n; i += kRows) add_rows<kTokens, kRows>(at(), w + i * stride, stride, columns, sums);
+  if (i < n) add_rows<kTokens, 1>(at(), w + i * stride, stride, columns, sums);
+}
+
+void few_bf16_transposed(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int columns, int n,
+                         float* out, int64_t out_stride) {
+  constexpr decltype(&add_transposed<1>) kAdd[] = {add_transposed<1>, add_transposed<2>, add_transposed<3>,
+                                                   add_transposed<4>};
+  for (int t = 0; t < tokens; t += kFewTile)
+    for (int c = 0; c < columns; c += kFewColumns) {
+      const int some = least(kFewTile, tokens - t), width = least(kFewColumns, columns - c);
+      alignas(32) ColumnSums sums[kFewTile] = {};
+      kAdd[some - 1](x + t, w + c, w_stride, width, n, sums);
+      for (int j = 0; j < some; j++) __builtin_memcpy(out + (t + j) * out_stride + c, sums[j], width * sizeof(float));
+    }
 }
 
 __m256i table(int64_t first, int64_t last) { return _mm256_setr_epi64x(first, last, first, last); }
@@ -382,6 +446,7 @@ const GemmKernels avx2_gemm_kernels = {
     .few_bf16 = few_bf16,
     .few_int4 = few_int4,
     .few_int8 = few_int8,
+    .few_bf16_transposed = few_bf16_transposed,
     .pack_bf16 = pack_bf16,
     .pack_bf16_transposed = pack_bf16_transposed,
     .pack_int4 = pack_int4,

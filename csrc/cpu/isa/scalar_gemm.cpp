@@ -10,7 +10,7 @@ float int4_value(const uint8_t* packed, const bf16* scale, int i) {
 
 // weight(r, i) -> float
 template <class Weight>
-void few(const float* const* x, int tokens, int rows, int n, float* out, int out_stride, Weight weight) {
+void few(const float* const* x, int tokens, int rows, int n, float* out, int64_t out_stride, Weight weight) {
   for (int t = 0; t < tokens; t++)
     for (int r = 0; r < rows; r++) {
       float sum = 0;
@@ -28,6 +28,11 @@ void few_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_str
               int64_t scale_stride, int rows, int n, float* out, int out_stride) {
   few(x, tokens, rows, n, out, out_stride,
       [=](int r, int i) { return int4_value(w + r * w_stride, scale + r * scale_stride, i); });
+}
+
+void few_bf16_transposed(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int columns, int n,
+                         float* out, int64_t out_stride) {
+  few(x, tokens, columns, n, out, out_stride, [=](int c, int i) { return to_float(w[i * w_stride + c]); });
 }
 
 float int8_value(const int8_t* w, const bf16* scale, int i) { return float(w[i]) * to_float(scale[i / 32]); }
@@ -77,6 +82,7 @@ const GemmKernels scalar_gemm_kernels = {
     .few_bf16 = few_bf16,
     .few_int4 = few_int4,
     .few_int8 = few_int8,
+    .few_bf16_transposed = few_bf16_transposed,
     .pack_bf16 = pack_bf16,
     .pack_bf16_transposed = pack_bf16_transposed,
     .pack_int4 = pack_int4,
