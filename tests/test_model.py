@@ -24,6 +24,7 @@ from reference import model as reference
 from reference import quantize_int8
 
 FLOAT32 = 2e-5  # 6e-6 at most were seen
+INT16_INPUTS = 1e-3  # the same with dense="int8"; 6.0e-4 was seen
 # Against a reference that rounds the rows of the cache as well. A float32 sum on the other side of a rounding boundary
 # moves one value of a row by 2^-8 of itself; 2.3e-3 at most were seen. Against the reference without rounding there is
 # no bound: the router of a token with two nearly equal experts may take the other one.
@@ -77,12 +78,15 @@ def loaded(folder):
     return Case(folder, model, expected_logits(folder, model.config))
 
 
-def assert_near(actual, expected, tolerance=FLOAT32):
+def assert_near(actual, expected, tolerance=FLOAT32, turned=0):
+    """All rows but `turned` of them, where two experts were almost level."""
     assert actual.dtype == np.float32
     assert actual.shape == expected.shape
     away = np.abs(np.float64(actual) - expected).max(axis=1) / expected.std()
     wrong = np.flatnonzero(~(away <= tolerance)).tolist()
-    assert not wrong, f"rows {wrong} are up to {away.max():.3g} standard deviations away, allowed {tolerance:.3g}"
+    assert len(wrong) <= turned, (
+        f"rows {wrong} are up to {away.max():.3g} standard deviations away, allowed {tolerance:.3g}"
+    )
 
 
 def prefill(model, tokens=TOKENS):
@@ -314,7 +318,12 @@ def test_bytes_per_token_are_those_of_info(case):
 
 
 def test_dense_int8(loaded, isa):
-    """As the reference with all matrices outside the experts rounded, but for router and kv_b_proj."""
+    """As the reference with all matrices outside the experts rounded, but for router and kv_b_proj.
+
+    Its x stays as it is. Ours, in int16, moves a product by 3e-5 of itself in the root mean square: steps of 2^-14 to
+    2^-15 of the largest of 32, over the root of 12. 25 products one after the other make that 1.5e-4, and of 150,000
+    logits the one that is furthest off has 4.5 times as much. Token 42 has an expert turned by it.
+    """
     tensors, saved, seen = tensors_of(loaded.folder), 0, []
     for name in filter(re.compile(r"(?!.*(\.experts\.|kv_b_)).*(_proj\w*|lm_head)\.weight").fullmatch, list(tensors)):
         q, scale = quantize_int8(tensors[name])
@@ -322,8 +331,9 @@ def test_dense_int8(loaded, isa):
         tensors[name] = np.float64(q) * np.repeat(np.float64(scale), 32, axis=1)
     options = {"cache_dtype": "float32", "activations": "float32", "dense": "int8"}
     model = kn.load(loaded.folder, **options, progress=lambda *counts: seen.append(counts))
-    assert_near(prefill(model), reference.logits(tensors, model.config.text_config, TOKENS))
-    assert_near(in_chunks(model, [1] * LENGTH), reference.logits(tensors, model.config.text_config, TOKENS))
+    expected = reference.logits(tensors, model.config.text_config, TOKENS)
+    assert_near(prefill(model), expected, INT16_INPUTS, turned=1)
+    assert_near(in_chunks(model, [1] * LENGTH), expected, INT16_INPUTS, turned=1)
     assert model.bytes_per_token == loaded.model.bytes_per_token - saved
     assert seen[-1] == (len(model.layers), len(model.layers))
 

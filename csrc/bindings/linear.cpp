@@ -67,7 +67,7 @@ void gemm_int4(On on, Tensor x, Tensor weight_packed, Tensor weight_scale, Tenso
 }
 
 template <class On>
-void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out) {
+void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out, Tensor workspace) {
   const Args a("gemm_int8", on);
   Dim T{"T"}, in{"in"}, n_out{"out"};
   GemmInt8Params p{};
@@ -79,6 +79,8 @@ void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out) 
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.n_in = in, p.n_out = n_out;
+  Dim floats{"gemm_int8_workspace", int64_t(cpu::gemm_int8_workspace(p.T, p.n_in))};
+  p.workspace = a.dense<float>("workspace", workspace, floats);
   nb::gil_scoped_release release;
   cpu::gemm_int8(p);
 }

@@ -3,27 +3,14 @@
 #include <cmath>
 
 #include "core/parallel.h"
-#include "cpu/matmul.h"
+#include "cpu/kernels.h"
 
 namespace kimi::cpu {
 namespace {
 
-// Weight matrix [out, in] in int8 with a scale per group of inputs.
-struct Int8Matrix {
-  const int8_t* w;
-  const bf16* scale;
-  int n_in;
+constexpr int kFewBytes = 1 << 16;  // of weights that a thread takes at once for few tokens
 
-  const int8_t* at(int row, int begin) const { return w + int64_t(row) * n_in + begin; }
-  const bf16* scale_at(int row, int begin) const { return scale + (int64_t(row) * n_in + begin) / kInt8Group; }
-
-  void few(const Kernels& k, const float* const* x, int tokens, int row, int rows, float* sums) const {
-    k.gemm->few_int8(x, tokens, at(row, 0), n_in, scale_at(row, 0), n_in / kInt8Group, rows, n_in, sums, kBlockRows);
-  }
-  void pack(const Kernels& k, int row, int rows, int begin, int n, int64_t ahead, float* panel) const {
-    k.gemm->pack_int8(at(row, begin), n_in, ahead, scale_at(row, begin), n_in / kInt8Group, rows, n, panel);
-  }
-};
+int blocks_of(int n_in) { return (n_in + kInt8Block - 1) / kInt8Block; }
 
 void quantize_group(const bf16* w, int8_t* q, bf16* scale) {
   float values[kInt8Group], largest = 0;
@@ -42,12 +29,24 @@ void quantize_group(const bf16* w, int8_t* q, bf16* scale) {
 
 }  // namespace
 
+size_t gemm_int8_workspace(int T, int n_in) {
+  return (size_t(T) * blocks_of(n_in) + 1) * (sizeof(Int8Block) / sizeof(float));  // one to align the others
+}
+
 void gemm_int8(const GemmInt8Params& p) {
-  const Kernels& k = kernels();
-  const Int8Matrix weight{p.weight, p.weight_scale, p.n_in};
-  const Blocks blocks{p.T, p.n_out};
-  parallel_for(blocks.count(), 1,
-               [&](int64_t i, int64_t) { matmul_rows(k, p.x, p.x_stride, blocks, i, weight, p.out, p.out_stride); });
+  const Int8Kernels& k = *kernels().int8;
+  const uintptr_t workspace = reinterpret_cast<uintptr_t>(p.workspace);
+  auto* const x = reinterpret_cast<Int8Block*>(workspace + -workspace % alignof(Int8Block));  // [in / kInt8Block, T]
+  parallel_for(p.T, 1, [&](int64_t t, int64_t) { k.quantize(p.x + t * p.x_stride, p.n_in, x + t, p.T); });
+  const bool few = p.T <= kFewTokens;
+  const int64_t rows = few ? std::max(kFewBytes / std::max(p.n_in, 1) / 4 * 4, 4) : kInt8Rows;
+  const int64_t strips = (p.n_out + rows - 1) / rows, chunks = few ? 1 : (p.T + kInt8Tokens - 1) / kInt8Tokens;
+  parallel_for(strips * chunks, 1, [&](int64_t item, int64_t) {
+    const int64_t row = item / chunks * rows, chunk = item % chunks;
+    const int64_t first = p.T * chunk / chunks, end = p.T * (chunk + 1) / chunks;  // all with more than a few tokens
+    k.dot(x + first, p.T, int(end - first), p.weight + row * p.n_in, p.weight_scale + row * (p.n_in / kInt8Group),
+          int(std::min(rows, p.n_out - row)), p.n_in, p.out + first * p.out_stride + row, p.out_stride);
+  });
 }
 
 void quantize_int8(const QuantizeInt8Params& p) {

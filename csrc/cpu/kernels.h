@@ -49,8 +49,6 @@ struct GemmKernels {
                    int out_stride);
   void (*few_int4)(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
                    int64_t scale_stride, int rows, int n, float* out, int out_stride);
-  void (*few_int8)(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
-                   int64_t scale_stride, int rows, int n, float* out, int out_stride);
   // out[t * out_stride + c] = sum_i x[t][i] * w[i][c] for tokens <= kFewTokens, c < columns, i ascending
   void (*few_bf16_transposed)(const float* const* x, int tokens, const bf16* w, int64_t w_stride, int columns, int n,
                               float* out, int64_t out_stride);
@@ -60,11 +58,28 @@ struct GemmKernels {
   void (*pack_bf16_transposed)(const bf16* w, int64_t w_stride, int rows, int n, float* panel);
   void (*pack_int4)(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride,
                     int rows, int n, float* panel);
-  void (*pack_int8)(const int8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
-                    int n, float* panel);
   // sums[t * sums_stride + r] += sum_i x[t * x_stride + i] * panel[i * kStrip + r] for r < kStrip, i ascending
   void (*multiply)(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
                    int sums_stride);
+};
+
+// Products of int8 weights [rows, n], 32 inputs of a row with a scale, with integers. Each group of 32 inputs of x
+// becomes d * q: d is 2^-14 times the power of two that its largest magnitude has reached, q = min(rint(x / d), 32767).
+// A group below 2^-100 becomes 0, one that is not finite gets d = NaN and q = 0.
+constexpr int kInt8Block = 256, kInt8Rows = 64, kInt8Tokens = 96;
+
+struct alignas(32) Int8Block {  // of a token; what lies beyond its last group is any number
+  int16_t q[kInt8Block];
+  float d[kInt8Block / 32];
+};
+
+struct Int8Kernels {
+  // Inputs from b * kInt8Block on become blocks[b * stride]; n is a multiple of 32.
+  void (*quantize)(const float* x, int n, Int8Block* blocks, int64_t stride);
+  // out[t * out_stride + r] = x[t] . w[r] for tokens <= kInt8Tokens, and rows <= kInt8Rows if tokens > kFewTokens.
+  // Block b of x[t] is x[b * x_stride + t]. A product has one order for few tokens and one for more.
+  void (*dot)(const Int8Block* x, int64_t x_stride, int tokens, const int8_t* w, const bf16* scale, int rows, int n,
+              float* out, int64_t out_stride);
 };
 
 struct Kernels {
@@ -82,12 +97,14 @@ struct Kernels {
 
   const GemmKernels* gemm;
   const QuantizedKernels* quantized;
+  const Int8Kernels* int8;
   const AttentionKernels* attention;
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
 extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels;
 extern const GemmKernels scalar_gemm_kernels, avx2_gemm_kernels;
+extern const Int8Kernels scalar_int8_kernels, avx2_int8_kernels;
 extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels;
 
 const Kernels& kernels();

@@ -1,5 +1,7 @@
-// Weights rounded to int8: out = x @ weight^T, q * scale exact in float32, and the rounding itself.
+// Weights rounded to int8: out = x @ weight^T with x rounded to int16 per 32 inputs, and the rounding of the weights.
 #pragma once
+#include <cstddef>
+
 #include "core/dtype.h"
 
 namespace kimi {
@@ -13,6 +15,7 @@ struct GemmInt8Params {
   const bf16* weight_scale;  // [out, in / 32]
   float* out;                // [T, out]
   int64_t out_stride;
+  float* workspace;  // gemm_int8_workspace floats
   int T, n_in, n_out;
 };
 
@@ -26,6 +29,7 @@ struct QuantizeInt8Params {
 };
 
 namespace cpu {
+size_t gemm_int8_workspace(int T, int n_in);
 void gemm_int8(const GemmInt8Params& p);
 void quantize_int8(const QuantizeInt8Params& p);
 }  // namespace cpu

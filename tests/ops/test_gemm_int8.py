@@ -58,6 +58,33 @@ def test_identity_returns_the_weights_exactly(isa, rng):
         assert np.array_equal(np.float64(ops.gemm_int8(x, weight, scale)), reference.gemm_int8(x, weight, scale))
 
 
+@pytest.mark.parametrize("T", [1, 12])
+def test_rounding_of_x_is_bounded(isa, rng, T):
+    """Against x as it is: inputs move by 2^-15 of their group's largest, roundings of float32 add less."""
+    x, (weight, scale) = normal(rng, T, 1056) * np.exp(rng.uniform(-9, 9, (T, 1056))), int8(rng, 11, 1056)
+    x = x.astype(np.float32)
+    exact = np.float64(weight) * np.repeat(np.float64(scale), 32, axis=1)
+    largest = np.repeat(np.abs(np.float64(x)).reshape(T, 33, 32).max(axis=-1), 32, axis=1)
+    away = np.abs(ops.gemm_int8(x, weight, scale) - np.float64(x) @ exact.T)
+    assert (away <= 2.0**-15 * (1 + 2.0**-8) * (largest @ np.abs(exact).T)).all()
+
+
+def test_integers_at_their_limits(isa):
+    """Numbers a step below a power of two, whose integers are the largest, powers of two, tiny groups and huge ones."""
+    x = np.full((5, 64), 1 - 2.0**-24, np.float32)
+    x[0, ::2], x[1] = -1 + 2.0**-24, -1
+    x[2], x[3], x[4] = 2.0**-100, 2.0**-101, 3e37
+    x[3, 32:], x[4, :32] = 1, 2.0**-99
+    weight = np.full((2, 64), -128, np.int8)
+    weight[1, ::2] = 127
+    scale = np.full((2, 2), 0.001, BF16)
+    expected = reference.gemm_int8(x, weight, scale)
+    out = ops.gemm_int8(np.repeat(x, 2, axis=0), weight, scale)[::2]
+    assert not (out[3] - ops.gemm_int8(x[3:4] * (np.arange(64) >= 32).astype(np.float32), weight, scale)[0]).any()
+    for actual in (out, ops.gemm_int8(x, weight, scale)):
+        assert np.allclose(actual, expected, rtol=2.0**-21, atol=0)
+
+
 def test_rows_do_not_depend_on_the_batch(isa, rng):
     x, (weight, scale) = normal(rng, 21, 2336), int8(rng, 37, 2336)
     few, many = ops.gemm_int8(x[:8], weight, scale), ops.gemm_int8(x, weight, scale)

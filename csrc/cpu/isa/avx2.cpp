@@ -166,6 +166,7 @@ const Kernels avx2_kernels = {
     .decode_int4 = decode_int4,
     .gemm = &avx2_gemm_kernels,
     .quantized = &avx2_quantized_kernels,
+    .int8 = &avx2_int8_kernels,
     .attention = &avx2_attention_kernels,
 };
 

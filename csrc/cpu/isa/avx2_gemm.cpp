@@ -1,4 +1,4 @@
-// Products with bf16, INT4 and int8 weights in float32, for AVX2 + FMA.
+// Products with bf16 and INT4 weights in float32, for AVX2 + FMA.
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -176,7 +176,7 @@ void few_bf16_transposed(const float* const* x, int tokens, const bf16* w, int64
 
 __m256i table(int64_t first, int64_t last) { return _mm256_setr_epi64x(first, last, first, last); }
 
-// Formats of 32 weights without their scale, and the order in which they come out.
+// 32 weights without their scale, and the order in which they come out.
 struct Int4 {
   static constexpr int kGroupBytes = 16;
 
@@ -205,28 +205,16 @@ struct Int4 {
   }
 };
 
-struct Int8 {
-  static constexpr int kGroupBytes = 32;
-
-  static void put_in_order(const float* x, int n, float* ordered) { __builtin_memcpy(ordered, x, n * sizeof(float)); }
-
-  static void decode(const uint8_t* w, __m256 out[4]) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++)
-      out[j] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + 8 * j))));
-  }
-};
-
 // lanes[t][row] += x[t] . w, x in order. A group is summed before it is scaled.
-template <class Format, int kTokens>
-void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, const bf16* scale, int64_t scale_ahead,
-                    int groups, Lanes* lanes, int row) {
+template <int kTokens>
+void add_few_int4(const float* const* x, const uint8_t* w, int64_t ahead, const bf16* scale, int64_t scale_ahead,
+                  int groups, Lanes* lanes, int row) {
   __m256 sum[kTokens];
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; t++) sum[t] = _mm256_load_ps(lanes[t][row]);
   const auto add_group = [&](int g, __m256i s) {
     __m256 q[4];
-    Format::decode(w + Format::kGroupBytes * g, q);
+    Int4::decode(w + Int4::kGroupBytes * g, q);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; t++) {
       const float* xs = x[t] + 32 * g;
@@ -237,7 +225,7 @@ void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, cons
   };
   int g = 0;
   for (; g + 4 <= groups; g += 4) {
-    for (int i = 0; i < 4 * Format::kGroupBytes; i += 64) prefetch(w + Format::kGroupBytes * g + i + ahead);
+    for (int i = 0; i < 4 * Int4::kGroupBytes; i += 64) prefetch(w + Int4::kGroupBytes * g + i + ahead);
     if (g % 32 == 0) prefetch(scale + g + scale_ahead);
     for (int j = g; j < g + 4; j += 2) {
       int pair;
@@ -252,12 +240,10 @@ void add_few_groups(const float* const* x, const uint8_t* w, int64_t ahead, cons
   for (int t = 0; t < kTokens; t++) _mm256_store_ps(lanes[t][row], sum[t]);
 }
 
-template <class Format>
-void few_groups(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-                int64_t scale_stride, int rows, int n, float* out, int out_stride) {
-  constexpr decltype(&add_few_groups<Format, 1>) kAdd[] = {add_few_groups<Format, 1>, add_few_groups<Format, 2>,
-                                                           add_few_groups<Format, 3>, add_few_groups<Format, 4>};
-  constexpr int kBytes = Format::kGroupBytes;
+void few_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
+              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
+  constexpr decltype(&add_few_int4<1>) kAdd[] = {add_few_int4<1>, add_few_int4<2>, add_few_int4<3>, add_few_int4<4>};
+  constexpr int kBytes = Int4::kGroupBytes;
   alignas(64) float ordered[kFewInputs];
   for (int t = 0; t < tokens; t += kFewTile)
     for (int row = 0; row < rows; row += kFewRows) {
@@ -267,7 +253,7 @@ void few_groups(const float* const* x, int tokens, const uint8_t* w, int64_t w_s
         const Piece p{least(inputs, n - begin), n};
         const float* xs[kFewTile];
         for (int j = 0; j < some; j++) {
-          Format::put_in_order(x[t + j] + begin, p.n, ordered + j * inputs);
+          Int4::put_in_order(x[t + j] + begin, p.n, ordered + j * inputs);
           xs[j] = ordered + j * inputs;
         }
         const int g = begin / 32, groups = inputs / 32;
@@ -279,17 +265,6 @@ void few_groups(const float* const* x, int tokens, const uint8_t* w, int64_t w_s
       }
       sum_up(lanes, some, height, out + t * out_stride + row, out_stride);
     }
-}
-
-void few_int4(const float* const* x, int tokens, const uint8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
-  few_groups<Int4>(x, tokens, w, w_stride, scale, scale_stride, rows, n, out, out_stride);
-}
-
-void few_int8(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
-  few_groups<Int8>(x, tokens, reinterpret_cast<const uint8_t*>(w), w_stride, scale, scale_stride, rows, n, out,
-                   out_stride);
 }
 
 // The row that lane j of a strip has, or the last one where there is none.
@@ -349,40 +324,38 @@ void pack_bf16_transposed(const bf16* w, int64_t w_stride, int rows, int n, floa
   }
 }
 
-// One word of eight rows: 32 / kBits inputs of each. q * scale is exact in float32.
-template <int kBits, int kField = 0>
+// One word of eight rows: eight inputs of each. q * scale is exact in float32.
+template <int kField = 0>
 void pack_words(__m256i words, __m256 scale, float* panel) {
-  if constexpr (kField < 32 / kBits) {
-    const __m256i q = _mm256_srai_epi32(_mm256_slli_epi32(words, 32 - kBits * (kField + 1)), 32 - kBits);
+  if constexpr (kField < 8) {
+    const __m256i q = _mm256_srai_epi32(_mm256_slli_epi32(words, 28 - 4 * kField), 28);
     _mm256_store_ps(panel + kField * kStrip, _mm256_mul_ps(_mm256_cvtepi32_ps(q), scale));
-    pack_words<kBits, kField + 1>(words, scale, panel);
+    pack_words<kField + 1>(words, scale, panel);
   }
 }
 
-// 16 bytes of eight rows from the one at `first`. XORed with `sign` their integers are in two's complement.
-template <int kBits>
-void pack_piece(const uint8_t* w, int64_t w_stride, int first, int rows, int sign, __m256 scale, float* panel) {
-  constexpr int kWord = 32 / kBits * kStrip;  // floats of the panel
+// A group of eight rows from the one at `first`. XORed with the sign bits the nibbles are in two's complement.
+void pack_group(const uint8_t* w, int64_t w_stride, int first, int rows, __m256 scale, float* panel) {
+  constexpr int kWord = 8 * kStrip;  // floats of the panel
   __m256i v[4];
   for (int j = 0; j < 4; j++) {
     const auto at = [&](int r) {
       return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row_of(first + r, rows) * w_stride));
     };
-    v[j] =
-        _mm256_xor_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(at(j)), at(j + 4), 1), _mm256_set1_epi32(sign));
+    v[j] = _mm256_xor_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(at(j)), at(j + 4), 1),
+                            _mm256_set1_epi32(int(0x88888888)));
   }
   const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
   const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-  pack_words<kBits>(_mm256_unpacklo_epi64(a, b), scale, panel);
-  pack_words<kBits>(_mm256_unpackhi_epi64(a, b), scale, panel + kWord);
-  pack_words<kBits>(_mm256_unpacklo_epi64(c, d), scale, panel + 2 * kWord);
-  pack_words<kBits>(_mm256_unpackhi_epi64(c, d), scale, panel + 3 * kWord);
+  pack_words(_mm256_unpacklo_epi64(a, b), scale, panel);
+  pack_words(_mm256_unpackhi_epi64(a, b), scale, panel + kWord);
+  pack_words(_mm256_unpacklo_epi64(c, d), scale, panel + 2 * kWord);
+  pack_words(_mm256_unpackhi_epi64(c, d), scale, panel + 3 * kWord);
 }
 
-template <int kBits>
-void pack_groups(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
-                 int n, int sign, float* panel) {
-  constexpr int kGroupBytes = 4 * kBits;
+void pack_int4(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
+               int n, float* panel) {
+  constexpr int kGroupBytes = 16;
   for (int g = 0; g < n / 32; g++, w += kGroupBytes, panel += 32 * kStrip) {
     if (g * kGroupBytes % 64 == 0)
       for (int j = 0; j < rows; j++) prefetch_l2(w + j * w_stride + ahead);
@@ -390,20 +363,9 @@ void pack_groups(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* 
       alignas(32) uint32_t bits[8];
       for (int j = 0; j < 8; j++) bits[j] = uint32_t(scale[row_of(first + j, rows) * scale_stride + g].bits) << 16;
       const __m256 s = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
-      for (int i = 0; i < kGroupBytes; i += 16)
-        pack_piece<kBits>(w + i, w_stride, first, rows, sign, s, panel + i * 8 / kBits * kStrip + first);
+      pack_group(w, w_stride, first, rows, s, panel + first);
     }
   }
-}
-
-void pack_int4(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
-               int n, float* panel) {
-  pack_groups<4>(w, w_stride, ahead, scale, scale_stride, rows, n, int(0x88888888), panel);
-}
-
-void pack_int8(const int8_t* w, int64_t w_stride, int64_t ahead, const bf16* scale, int64_t scale_stride, int rows,
-               int n, float* panel) {
-  pack_groups<8>(reinterpret_cast<const uint8_t*>(w), w_stride, ahead, scale, scale_stride, rows, n, 0, panel);
 }
 
 template <int kTokens>
@@ -445,12 +407,10 @@ void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, 
 const GemmKernels avx2_gemm_kernels = {
     .few_bf16 = few_bf16,
     .few_int4 = few_int4,
-    .few_int8 = few_int8,
     .few_bf16_transposed = few_bf16_transposed,
     .pack_bf16 = pack_bf16,
     .pack_bf16_transposed = pack_bf16_transposed,
     .pack_int4 = pack_int4,
-    .pack_int8 = pack_int8,
     .multiply = multiply,
 };
 

@@ -59,6 +59,7 @@ const Kernels scalar_kernels = {
     .decode_int4 = decode_int4,
     .gemm = &scalar_gemm_kernels,
     .quantized = &scalar_quantized_kernels,
+    .int8 = &scalar_int8_kernels,
     .attention = &scalar_attention_kernels,
 };
 

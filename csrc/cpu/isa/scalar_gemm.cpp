@@ -35,14 +35,6 @@ void few_bf16_transposed(const float* const* x, int tokens, const bf16* w, int64
   few(x, tokens, columns, n, out, out_stride, [=](int c, int i) { return to_float(w[i * w_stride + c]); });
 }
 
-float int8_value(const int8_t* w, const bf16* scale, int i) { return float(w[i]) * to_float(scale[i / 32]); }
-
-void few_int8(const float* const* x, int tokens, const int8_t* w, int64_t w_stride, const bf16* scale,
-              int64_t scale_stride, int rows, int n, float* out, int out_stride) {
-  few(x, tokens, rows, n, out, out_stride,
-      [=](int r, int i) { return int8_value(w + r * w_stride, scale + r * scale_stride, i); });
-}
-
 template <class Weight>
 void pack(int rows, int n, float* panel, Weight weight) {
   for (int i = 0; i < n; i++)
@@ -62,11 +54,6 @@ void pack_int4(const uint8_t* w, int64_t w_stride, int64_t, const bf16* scale, i
   pack(rows, n, panel, [=](int r, int i) { return int4_value(w + r * w_stride, scale + r * scale_stride, i); });
 }
 
-void pack_int8(const int8_t* w, int64_t w_stride, int64_t, const bf16* scale, int64_t scale_stride, int rows, int n,
-               float* panel) {
-  pack(rows, n, panel, [=](int r, int i) { return int8_value(w + r * w_stride, scale + r * scale_stride, i); });
-}
-
 void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums, int sums_stride) {
   for (int t = 0; t < tokens; t++) {
     float sum[kStrip] = {};
@@ -81,12 +68,10 @@ void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, 
 const GemmKernels scalar_gemm_kernels = {
     .few_bf16 = few_bf16,
     .few_int4 = few_int4,
-    .few_int8 = few_int8,
     .few_bf16_transposed = few_bf16_transposed,
     .pack_bf16 = pack_bf16,
     .pack_bf16_transposed = pack_bf16_transposed,
     .pack_int4 = pack_int4,
-    .pack_int8 = pack_int8,
     .multiply = multiply,
 };
 

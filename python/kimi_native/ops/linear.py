@@ -63,17 +63,23 @@ def gemm_int4(x, weight_packed, weight_scale, out=None):
 
 
 def gemm_int8(x, weight, weight_scale, out=None):
-    """out = x @ w.T with w[o, i] = weight[o, i] * weight_scale[o, i // 32], exact in float32. On the CPU only.
+    """out = x @ w.T with w[o, i] = weight[o, i] * weight_scale[o, i // 32] and x rounded to int16. On the CPU only.
 
+    32 neighbouring inputs become d * q: d is 2^-14 times the power of two that their largest magnitude has reached,
+    q = min(rint(x / d), 32767). x moves by at most 2^-15 of that magnitude. Products and their sums within a group are
+    exact, sums over groups float32. A group below 2^-100 counts as 0, one that is not finite as NaN.
     x: float32 [T, in], rows may be strided; in is a multiple of 32. weight: int8 [out, in]. weight_scale: bfloat16
     [out, in / 32]. out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "gemm_int8"
     _check_host(op, "x", x)
+    T, n_in = shape_of(op, "x", x, 2)
     if out is None:
-        out = empty(x, shape_of(op, "x", x, 2)[0], shape_of(op, "weight", weight, 2)[0])
-    run(op, x=x, weight=weight, weight_scale=weight_scale, out=out)
+        out = empty(x, T, shape_of(op, "weight", weight, 2)[0])
+    blocks = T * -(-n_in // 256) + 1  # of 256 integers and 8 scales, and one to align them
+    workspace = empty(x, 136 * blocks)
+    run(op, x=x, weight=weight, weight_scale=weight_scale, out=out, workspace=workspace)
     return out
 
 
