@@ -4,8 +4,9 @@
 
 #include <algorithm>
 #include <fstream>
-#include <set>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace kimi {
 namespace {
@@ -18,18 +19,23 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
-// Hyperthreads of one core share a sibling list, so distinct lists count cores.
-int cores_in_affinity_mask() {
-  cpu_set_t mask;
-  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return 1;
-  std::set<std::string> cores;
-  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-    if (!CPU_ISSET(cpu, &mask)) continue;
-    std::string siblings =
-        first_line("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-    cores.insert(siblings.empty() ? std::to_string(cpu) : siblings);
-  }
-  return std::max<int>(1, int(cores.size()));
+// The physical cores of the affinity mask, each as the set of its hyperthreads: these share a sibling list.
+const std::vector<cpu_set_t>& cores() {
+  static const std::vector<cpu_set_t> found = [] {
+    std::map<std::string, cpu_set_t> by_siblings;
+    cpu_set_t mask;
+    if (sched_getaffinity(0, sizeof mask, &mask) != 0) return std::vector<cpu_set_t>{};
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+      if (!CPU_ISSET(cpu, &mask)) continue;
+      const std::string name = std::to_string(cpu);
+      const std::string siblings = first_line("/sys/devices/system/cpu/cpu" + name + "/topology/thread_siblings_list");
+      CPU_SET(cpu, &by_siblings[siblings.empty() ? name : siblings]);  // a new set is empty
+    }
+    std::vector<cpu_set_t> sets;
+    for (const auto& [siblings, set] : by_siblings) sets.push_back(set);
+    return sets;
+  }();
+  return found;
 }
 
 // cgroup v2 writes "max 100000" or "QUOTA PERIOD" in microseconds.
@@ -42,6 +48,17 @@ int cores_in_cgroup_quota() {
 
 }  // namespace
 
-int usable_cores() { return std::min(cores_in_affinity_mask(), cores_in_cgroup_quota()); }
+int usable_cores() { return std::min(std::max(1, int(cores().size())), cores_in_cgroup_quota()); }
+
+int current_core() {
+  const int cpu = sched_getcpu();
+  for (size_t core = 0; core < cores().size(); core++)
+    if (cpu >= 0 && CPU_ISSET(cpu, &cores()[core])) return int(core);
+  return -1;
+}
+
+void keep_on_core(pthread_t thread, int core) {
+  if (core >= 0 && core < int(cores().size())) pthread_setaffinity_np(thread, sizeof(cpu_set_t), &cores()[core]);
+}
 
 }  // namespace kimi

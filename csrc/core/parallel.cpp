@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "core/check.h"
 #include "core/cpu_count.h"
@@ -44,7 +45,13 @@ class Pool {
       for (int64_t i = 0; i < pieces; i++) function(context, i);
       return;
     }
-    while (started_ < helpers) std::thread(&Pool::work, this, started_++).detach();
+    while (int(workers_.size()) < helpers) {
+      std::thread worker(&Pool::work, this, int(workers_.size()));
+      workers_.push_back({worker.native_handle(), int(workers_.size()) + 1});
+      keep_on_core(workers_.back().thread, workers_.back().core);
+      worker.detach();
+    }
+    keep_apart();
     pieces_ = pieces, function_ = function, context_ = context;
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
@@ -60,6 +67,16 @@ class Pool {
   // state_ = epoch (high 15 bits) | open (bit 16) | joined (low 16 bits). A worker takes part only after it has raised
   // `joined` while the region was open, so close() never waits for a thread that the system has not scheduled yet.
   static constexpr uint32_t kOpen = 1u << 16, kEpoch = 1u << 17, kJoined = kOpen - 1;
+
+  // Woken after a pause, a worker may be put on the caller's core and stay there for tens of milliseconds. So each has
+  // a core of its own, and one whose core the caller has come to takes the caller's old one.
+  void keep_apart() {
+    const int core = current_core();
+    if (core < 0 || core == caller_core_) return;
+    for (Worker& worker : workers_)
+      if (worker.core == core) keep_on_core(worker.thread, worker.core = caller_core_);
+    caller_core_ = core;
+  }
 
   void open(int helpers) {
     helpers_.store(helpers, std::memory_order_relaxed);
@@ -110,7 +127,12 @@ class Pool {
 
   std::mutex busy_;
   std::atomic<int> threads_{default_threads()};
-  int started_ = 0;  // guarded by busy_
+  struct Worker {
+    pthread_t thread;
+    int core;
+  };
+  std::vector<Worker> workers_;  // guarded by busy_, as is the next line
+  int caller_core_ = 0;
   std::atomic<uint32_t> state_{0}, finished_{0};
   std::atomic<int> helpers_{0};
   std::atomic<int64_t> next_{0};
