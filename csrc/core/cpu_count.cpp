@@ -48,7 +48,9 @@ int cores_in_cgroup_quota() {
 
 }  // namespace
 
-int usable_cores() { return std::min(std::max(1, int(cores().size())), cores_in_cgroup_quota()); }
+int core_count() { return std::max(1, int(cores().size())); }
+
+int usable_cores() { return std::min(core_count(), cores_in_cgroup_quota()); }
 
 int current_core() {
   const int cpu = sched_getcpu();

@@ -3,6 +3,9 @@
 
 namespace kimi {
 
+// Physical cores in this process's affinity mask, at least 1.
+int core_count();
+
 // Physical cores this process may use: those in its affinity mask, at most its cgroup's CPU quota, at least 1.
 int usable_cores();
 

@@ -48,10 +48,10 @@ class Pool {
     while (int(workers_.size()) < helpers) {
       std::thread worker(&Pool::work, this, int(workers_.size()));
       workers_.push_back({worker.native_handle(), int(workers_.size()) + 1});
-      keep_on_core(workers_.back().thread, workers_.back().core);
+      if (has_all_cores()) keep_on_core(workers_.back().thread, workers_.back().core);
       worker.detach();
     }
-    keep_apart();
+    if (has_all_cores()) keep_apart();
     pieces_ = pieces, function_ = function, context_ = context;
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
@@ -69,7 +69,10 @@ class Pool {
   static constexpr uint32_t kOpen = 1u << 16, kEpoch = 1u << 17, kJoined = kOpen - 1;
 
   // Woken after a pause, a worker may be put on the caller's core and stay there for tens of milliseconds. So each has
-  // a core of its own, and one whose core the caller has come to takes the caller's old one.
+  // a core of its own, and one whose core the caller has come to takes the caller's old one. Not where there are more
+  // cores than threads: several processes would all choose the same ones.
+  bool has_all_cores() const { return threads_.load() >= core_count(); }
+
   void keep_apart() {
     const int core = current_core();
     if (core < 0 || core == caller_core_) return;
