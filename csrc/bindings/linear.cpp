@@ -69,17 +69,26 @@ void gemm_int4(On on, Tensor x, Tensor weight_packed, Tensor weight_scale, Tenso
 template <class On>
 void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out, Tensor workspace) {
   const Args a("gemm_int8", on);
-  Dim T{"T"}, in{"in"}, n_out{"out"};
+  Dim T{"T"}, N{"N"}, in{"in"}, n_out{"out"};
   GemmInt8Params p{};
-  p.x = a.strided<const float>("x", x, T, in);
-  Dim groups = part_of(a, "x", in, kInt8Group);
-  p.weight = a.dense<const int8_t>("weight", weight, n_out, in);
-  p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, n_out, groups);
-  p.out = a.strided<float>("out", out, T, n_out);
+  const auto take = [&](auto&... heads) {  // N, or nothing
+    p.x = a.strided<const float>("x", x, T, heads..., in);
+    Dim groups = part_of(a, "x", in, kInt8Group);
+    p.weight = a.dense<const int8_t>("weight", weight, heads..., n_out, in);
+    p.weight_scale = a.dense<const bf16>("weight_scale", weight_scale, heads..., n_out, groups);
+    p.out = a.strided<float>("out", out, T, heads..., n_out);
+  };
+  if (x.ndim == 3) {
+    take(N);
+    p.x_stride_n = x.stride[1], p.out_stride_n = out.stride[1];
+  } else {
+    take();
+    N.size = 1;
+  }
   a.check_apart("out", out, "x", x);
-  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
-  p.T = T, p.n_in = in, p.n_out = n_out;
-  Dim floats{"gemm_int8_workspace", int64_t(cpu::gemm_int8_workspace(p.T, p.n_in))};
+  p.x_stride_t = x.stride[0], p.out_stride_t = out.stride[0];
+  p.T = T, p.N = N, p.n_in = in, p.n_out = n_out;
+  Dim floats{"gemm_int8_workspace", int64_t(cpu::gemm_int8_workspace(p))};
   p.workspace = a.dense<float>("workspace", workspace, floats);
   nb::gil_scoped_release release;
   cpu::gemm_int8(p);

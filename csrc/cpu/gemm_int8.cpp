@@ -8,7 +8,8 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kFewBytes = 1 << 16;  // of weights that a thread takes at once for few tokens
+constexpr int kFewBytes = 1 << 16;   // of weights that a thread takes at once for few tokens
+constexpr int kQuantized = 1 << 13;  // inputs that it rounds at once
 
 int blocks_of(int n_in) { return (n_in + kInt8Block - 1) / kInt8Block; }
 
@@ -29,23 +30,31 @@ void quantize_group(const bf16* w, int8_t* q, bf16* scale) {
 
 }  // namespace
 
-size_t gemm_int8_workspace(int T, int n_in) {
-  return (size_t(T) * blocks_of(n_in) + 1) * (sizeof(Int8Block) / sizeof(float));  // one to align the others
+size_t gemm_int8_workspace(const GemmInt8Params& p) {
+  return (size_t(p.T) * p.N * blocks_of(p.n_in) + 1) * (sizeof(Int8Block) / sizeof(float));  // one to align the others
 }
 
 void gemm_int8(const GemmInt8Params& p) {
   const Int8Kernels& k = *kernels().int8;
   const uintptr_t workspace = reinterpret_cast<uintptr_t>(p.workspace);
-  auto* const x = reinterpret_cast<Int8Block*>(workspace + -workspace % alignof(Int8Block));  // [in / kInt8Block, T]
-  parallel_for(p.T, 1, [&](int64_t t, int64_t) { k.quantize(p.x + t * p.x_stride, p.n_in, x + t, p.T); });
+  auto* const x = reinterpret_cast<Int8Block*>(workspace + -workspace % alignof(Int8Block));  // [N, in / kInt8Block, T]
+  const int64_t blocks = int64_t(p.T) * blocks_of(p.n_in);                                    // of a matrix
+  parallel_for(int64_t(p.T) * p.N, std::max(kQuantized / std::max(p.n_in, 1), 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i / p.T, t = i % p.T;
+      k.quantize(p.x + t * p.x_stride_t + n * p.x_stride_n, p.n_in, x + n * blocks + t, p.T);
+    }
+  });
   const bool few = p.T <= kFewTokens;
   const int64_t rows = few ? std::max(kFewBytes / std::max(p.n_in, 1) / 4 * 4, 4) : kInt8Rows;
   const int64_t strips = (p.n_out + rows - 1) / rows, chunks = few ? 1 : (p.T + kInt8Tokens - 1) / kInt8Tokens;
-  parallel_for(strips * chunks, 1, [&](int64_t item, int64_t) {
-    const int64_t row = item / chunks * rows, chunk = item % chunks;
+  parallel_for(p.N * strips * chunks, 1, [&](int64_t item, int64_t) {
+    const int64_t n = item / (strips * chunks), row = item / chunks % strips * rows, chunk = item % chunks;
     const int64_t first = p.T * chunk / chunks, end = p.T * (chunk + 1) / chunks;  // all with more than a few tokens
-    k.dot(x + first, p.T, int(end - first), p.weight + row * p.n_in, p.weight_scale + row * (p.n_in / kInt8Group),
-          int(std::min(rows, p.n_out - row)), p.n_in, p.out + first * p.out_stride + row, p.out_stride);
+    const int64_t weights = (n * p.n_out + row) * p.n_in;
+    k.dot(x + n * blocks + first, p.T, int(end - first), p.weight + weights, p.weight_scale + weights / kInt8Group,
+          int(std::min(rows, p.n_out - row)), p.n_in, p.out + first * p.out_stride_t + n * p.out_stride_n + row,
+          p.out_stride_t);
   });
 }
 

@@ -33,23 +33,37 @@ GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
 
 
 class Linear:
-    """x @ weight.T with the weight where it lies, bf16 or packed INT4: whichever the checkpoint has; or int8."""
+    """x @ weight.T with the weight where it lies, bf16 or packed INT4: whichever the checkpoint has; or int8.
 
-    def __init__(self, weights: Weights, name: str, n_out: int, n_in: int):
-        self.arrays = weights.linear(name, n_out, n_in)
-        self.product = ops.gemm
-        if len(self.arrays) == 2:
-            self.product = ops.gemm_int8 if self.arrays[0].dtype == np.int8 else ops.gemm_int4
+    Several weights, given as name=n_out, leave their outputs side by side.
+    """
+
+    def __init__(self, weights: Weights, n_in: int, **outputs: int):
+        self.n_out = sum(outputs.values())
+        self.parts = [(_product(arrays), arrays) for arrays in weights.linear(n_in, **outputs)]
 
     def __call__(self, x, out=None):
-        return self.product(x, *self.arrays, out=out)
+        """x: [T, in]. Returns [T, n_out]."""
+        out = empty(x, len(x), self.n_out) if out is None else out
+        begin = 0
+        for product, arrays in self.parts:
+            end = begin + len(arrays[0])
+            product(x, *arrays, out=out[:, begin:end])
+            begin = end
+        return out
 
     def logits(self, x, out) -> None:
         """The product into out, float32 on the GPU too."""
-        if self.product is ops.gemm_int4:
+        if self.parts[0][0] is ops.gemm_int4:
             out[...] = self(x)
         else:
             self(x, out=out)
+
+
+def _product(arrays):
+    if len(arrays) == 1:
+        return ops.gemm
+    return ops.gemm_int8 if arrays[0].dtype == np.int8 else ops.gemm_int4
 
 
 class MLA:
@@ -59,24 +73,30 @@ class MLA:
         c, N = config, config.num_attention_heads
         self.config, self.layer = config, layer
         self.scale = softmax_scale(config)
-        self.q_a_proj = Linear(weights, "q_a_proj", c.q_lora_rank, c.hidden_size)
+        self.qkv_a_proj = Linear(weights, c.hidden_size, q_a_proj=c.q_lora_rank, kv_a_proj_with_mqa=c.cache_width)
         self.q_a_layernorm = weights.tensor("q_a_layernorm.weight", c.q_lora_rank)
-        self.q_b_proj = Linear(weights, "q_b_proj", N * c.qk_head_dim, c.q_lora_rank)
-        self.kv_a_proj_with_mqa = Linear(weights, "kv_a_proj_with_mqa", c.cache_width, c.hidden_size)
+        self.q_b_proj = Linear(weights, c.q_lora_rank, q_b_proj=N * c.qk_head_dim)
         self.kv_a_layernorm = weights.tensor("kv_a_layernorm.weight", c.kv_lora_rank)
         kv_dim = c.qk_nope_head_dim + c.v_head_dim
-        self.kv_b_proj = weights.tensor("kv_b_proj.weight", N * kv_dim, c.kv_lora_rank)
+        name, rounded = "kv_b_proj.weight", weights.dense == "int8"
+        self.kv_b_proj = weights.tensor(name, N * kv_dim, c.kv_lora_rank, kind="prompt" if rounded else "dense")
         per_head = self.kv_b_proj.reshape(N, kv_dim, c.kv_lora_rank)
-        self.w_uk = per_head[:, : c.qk_nope_head_dim]  # [N, Dn, C]
-        self.w_uv = per_head[:, c.qk_nope_head_dim :]  # [N, Dv, C]
-        self.o_proj = Linear(weights, "o_proj", c.hidden_size, N * c.v_head_dim)
+        w_uk, w_uv = per_head[:, : c.qk_nope_head_dim], per_head[:, c.qk_nope_head_dim :]  # [N, Dn, C], [N, Dv, C]
+        if rounded:
+            self.w_uk = _per_head(ops.gemm_int8, *weights.rounded(name, w_uk.swapaxes(1, 2)))  # inputs last, in groups
+            self.w_uv = _per_head(ops.gemm_int8, *weights.rounded(name, w_uv))
+        else:
+            self.w_uk = _per_head(ops.batched_gemm, w_uk, True)
+            self.w_uv = _per_head(ops.batched_gemm, w_uv)
+        self.o_proj = Linear(weights, N * c.v_head_dim, o_proj=c.hidden_size)
 
     def forward(self, x, step: Step):
         """x: [T, H], normalised. Appends to the cache. Returns [T, H]."""
         c, T = self.config, len(x)
-        latent_q = ops.rms_norm(self.q_a_proj(x), self.q_a_layernorm, c.mla_norm_eps)
+        qkv = self.qkv_a_proj(x)
+        latent_q, kv = qkv[:, : c.q_lora_rank], qkv[:, c.q_lora_rank :]  # kv: [T, C + R]
+        latent_q = ops.rms_norm(latent_q, self.q_a_layernorm, c.mla_norm_eps)
         q = self.q_b_proj(latent_q).reshape(T, c.num_attention_heads, c.qk_head_dim)
-        kv = self.kv_a_proj_with_mqa(x)  # [T, C + R]
         rotation = step.cos, step.sin, step.positions
         pages = step.pages[self.layer]
         ops.fused_append_mla_cache(kv, self.kv_a_layernorm, *rotation, pages, step.slots, c.mla_norm_eps)
@@ -109,7 +129,7 @@ class MLA:
         c, (T, N, _) = self.config, q.shape
         q_nope, q_pe = q[:, :, : c.qk_nope_head_dim], q[:, :, c.qk_nope_head_dim :]
         latent_q = empty(q, T, N, c.cache_width)
-        ops.batched_gemm(q_nope, self.w_uk, transpose_weight=True, out=latent_q[:, :, : c.kv_lora_rank])
+        self.w_uk(q_nope, out=latent_q[:, :, : c.kv_lora_rank])
         ops.rope(q_pe, step.cos, step.sin, step.positions, out=latent_q[:, :, c.kv_lora_rank :])
         latent_out = ops.mla_decode(
             latent_q[None],
@@ -119,24 +139,23 @@ class MLA:
             c.kv_lora_rank,
             self.scale,
         )
-        return ops.batched_gemm(latent_out[0], self.w_uv)
+        return self.w_uv(latent_out[0])
+
+
+def _per_head(product, *arguments):
+    return lambda x, out=None: product(x, *arguments, out=out)
 
 
 class DenseMLP:
     """SwiGLU: down(silu(gate x) * (up x))."""
 
     def __init__(self, weights: Weights, hidden_size: int, intermediate_size: int):
-        self.intermediate_size = intermediate_size
-        self.gate_proj = Linear(weights, "gate_proj", intermediate_size, hidden_size)
-        self.up_proj = Linear(weights, "up_proj", intermediate_size, hidden_size)
-        self.down_proj = Linear(weights, "down_proj", hidden_size, intermediate_size)
+        self.gate_up_proj = Linear(weights, hidden_size, gate_proj=intermediate_size, up_proj=intermediate_size)
+        self.down_proj = Linear(weights, intermediate_size, down_proj=hidden_size)
 
     def forward(self, x):
         """x: [T, H]. Returns [T, H]."""
-        gate_up = empty(x, len(x), 2 * self.intermediate_size)
-        self.gate_proj(x, out=gate_up[:, : self.intermediate_size])
-        self.up_proj(x, out=gate_up[:, self.intermediate_size :])
-        return self.down_proj(ops.silu_and_mul(gate_up))
+        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
 
 
 class MoE:
@@ -229,14 +248,15 @@ class Model:
         for dense "int8".
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
-        when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
-        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
-        bf16 matrices outside the experts as it loads them, router and kv_b_proj excepted (see ops.quantize_int8): half
-        the bytes to read for a token, and as many more in memory beside the mapped file. cache_dtype: "bfloat16" or, on
-        the CPU, "float32". expert_cache: memory for routed experts on the CPU, in bytes or as in "12GB", the others
-        being read from the files when chosen; None takes what is available and leaves all of them mapped if they fit; 0
-        leaves them mapped. progress(done, total) is called after each file's header, then after each layer or, on the
-        GPU, as weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
+        when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the
+        CPU are multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU
+        alone, rounds the bf16 matrices outside the experts as it loads them, but for the router and, in a
+        prompt, kv_b_proj (see ops.quantize_int8): half the bytes to read for a token, and as many more in
+        memory beside the mapped file. cache_dtype: "bfloat16" or, on the CPU, "float32". expert_cache: memory
+        for routed experts on the CPU, in bytes or as in "12GB", the others being read from the files when
+        chosen; None takes what is available and leaves all of them mapped if they fit; 0 leaves them mapped.
+        progress(done, total) is called after each file's header, then after each layer or, on the GPU, as
+        weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
         for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
         """
@@ -284,8 +304,9 @@ class Model:
         weights = Weights(checkpoint, checkpoint.prefix, activations=activations, dense=dense)
         self._build(weights, progress if device == "cpu" else None)
         # What one token reads: everything but the embedding table and the experts it is not routed to.
-        mapped, rounded, experts = weights.read_bytes.values()
-        self.bytes_per_token = mapped + rounded + experts * c.num_experts_per_tok // c.n_routed_experts
+        read = weights.read_bytes
+        experts = read["experts"]
+        self.bytes_per_token = read["dense"] + read["rounded"] + experts * c.num_experts_per_tok // c.n_routed_experts
         self._place = np.asarray
         if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
             self._place = gpu.put
@@ -294,7 +315,8 @@ class Model:
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
             upload.finish()
-        self.expert_cache = self._cache_experts(expert_cache, mapped if device == "cpu" else 0, experts)
+        mapped = read["dense"] + read["prompt"] if device == "cpu" else 0
+        self.expert_cache = self._cache_experts(expert_cache, mapped, experts)
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
         self._decode_graphs: WeakKeyDictionary[Cache, DecodeGraph] = WeakKeyDictionary()
 
@@ -306,7 +328,7 @@ class Model:
             if layer_done:
                 layer_done(layer + 1, c.num_hidden_layers)
         self.norm = body.tensor("norm.weight", c.hidden_size)
-        self.lm_head = Linear(weights, "lm_head", c.vocab_size, c.hidden_size)
+        self.lm_head = Linear(weights, c.hidden_size, lm_head=c.vocab_size)
 
     def _cache_experts(self, asked: int | None, dense: int, experts: int) -> ExpertCache | None:
         """dense, experts: bytes of the weights that are mapped in host memory. None where the experts stay mapped."""

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from kimi_native import ops
 from kimi_native.checkpoint import Checkpoint, CheckpointError, Entry
 from kimi_native.config import TextConfig
@@ -97,9 +99,9 @@ class Weights:
     """The tensors under one prefix of a checkpoint: weights / "mlp" goes down one name.
 
     With an upload they are placed on the GPU, the routed experts only unless they stay on the host. read_bytes and room
-    add up what was asked for, dense (and what was rounded of it) and experts: the bytes themselves, and what they take
-    in an upload. activations: what INT4 experts that stay on the host are multiplied by. dense: "int8" rounds what
-    `linear` gives out, experts excepted.
+    add up what was asked for by kind, the bytes themselves and what they take in an upload: experts, and of the rest
+    dense for every token, prompt for its chunks alone, originals of what is rounded. activations: what INT4 experts
+    that stay on the host are multiplied by. dense: "int8" rounds what `linear` gives out.
     """
 
     def __init__(
@@ -113,7 +115,8 @@ class Weights:
     ):
         self.checkpoint, self.prefix, self.upload, self.experts_on_host = checkpoint, prefix, upload, experts_on_host
         self.activations, self.dense = activations, dense
-        self.read_bytes, self.room = {"dense": 0, "rounded": 0, "experts": 0}, {"dense": 0, "experts": 0}
+        self.read_bytes = dict.fromkeys(("dense", "prompt", "original", "rounded", "experts"), 0)
+        self.room = self.read_bytes.copy()
 
     def __truediv__(self, name: str) -> "Weights":
         prefix = f"{self.prefix}{name}."
@@ -121,25 +124,32 @@ class Weights:
         below.read_bytes, below.room = self.read_bytes, self.room
         return below
 
-    def tensor(self, name: str, *shape: int, dtype: str = "BF16"):
-        view = self.checkpoint.view(self._checked(name, shape, dtype, "dense"))
+    def tensor(self, name: str, *shape: int, dtype: str = "BF16", kind: str = "dense"):
+        view = self.checkpoint.view(self._checked(name, shape, dtype, kind))
         return view if self.upload is None else self.upload(view)
 
-    def linear(self, name: str, n_out: int, n_in: int) -> tuple:
-        """(weight,) in bf16, (weight_packed, weight_scale) in INT4 iff weight_packed exists, or (weight, weight_scale)
-        rounded to int8.
+    def linear(self, n_in: int, **outputs: int) -> list[tuple]:
+        """The weights of these names, each (weight,) in bf16 or (weight_packed, weight_scale) in INT4 iff weight_packed
+        exists. Rounded to int8 they are one (weight, weight_scale), one below the other.
         """
-        if self.dense == "int8" and f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
-            return self._rounded(f"{self.prefix}{name}.weight", n_out, n_in)
-        views = [self.checkpoint.view(entry) for entry in self._linear(name, n_out, n_in, "dense")]
-        return tuple(views if self.upload is None else map(self.upload, views))
+        packed = [f"{self.prefix}{name}.weight_packed" in self.checkpoint for name in outputs]
+        if self.dense == "int8" and not any(packed):
+            names = {f"{name}.weight": (n_out, n_in) for name, n_out in outputs.items()}
+            parts = [self.rounded(name, self.tensor(name, *shape, kind="original")) for name, shape in names.items()]
+            return parts if len(parts) == 1 else [tuple(map(np.concatenate, zip(*parts, strict=True)))]
+        entries = [self._linear(name, n_out, n_in, "dense") for name, n_out in outputs.items()]
+        place = self.upload or (lambda view: view)
+        return [tuple(place(self.checkpoint.view(entry)) for entry in parts) for parts in entries]
 
-    def _rounded(self, name: str, n_out: int, n_in: int) -> tuple:
+    def rounded(self, name: str, weight) -> tuple:
+        """(int8, scales) of the tensor `name`, [..., out, in]."""
+        *outer, n_in = weight.shape
         if n_in % GROUP:
-            raise CheckpointError(f'{name}: has {n_in} inputs, expected a multiple of {GROUP} for dense="int8"')
-        arrays = ops.quantize_int8(self.checkpoint.tensor(name, (n_out, n_in), "BF16"))
-        self.read_bytes["rounded"] += sum(array.nbytes for array in arrays)
-        return arrays
+            has = f"{self.prefix}{name}: has {n_in} inputs"
+            raise CheckpointError(f'{has}, expected a multiple of {GROUP} for dense="int8"')
+        quantized, scale = ops.quantize_int8(weight.reshape(-1, n_in))
+        self.read_bytes["rounded"] += quantized.nbytes + scale.nbytes
+        return quantized.reshape(weight.shape), scale.reshape(*outer, -1)
 
     def experts(self, name: str, count: int, n_out: int, n_in: int) -> "Experts":
         """One projection of all experts; they must agree on bf16 or INT4."""

@@ -8,16 +8,16 @@ from close import assert_close
 from kimi_native import ops
 
 
-def int8(rng, n_out, n_in):
-    """(q [n_out, n_in] with every code from -128 on, scale [n_out, n_in / 32])"""
-    scale = rng.uniform(0.001, 0.003, (n_out, n_in // 32)).astype(BF16)
-    return rng.integers(-128, 128, (n_out, n_in), np.int8), scale
+def int8(rng, *shape):
+    """(q [..., out, in] with every code from -128 on, scale [..., out, in / 32])"""
+    scale = rng.uniform(0.001, 0.003, (*shape[:-1], shape[-1] // 32)).astype(BF16)
+    return rng.integers(-128, 128, shape, np.int8), scale
 
 
 def check(x, weight, scale, out):
-    exact = np.float64(weight) * np.repeat(np.float64(scale), 32, axis=1)
-    reach = 4 * np.linalg.norm(np.float64(x), axis=1)[:, None] * np.sqrt(np.mean(exact**2))
-    assert_close(out, reference.gemm_int8(x, weight, scale), "float32", reduction=x.shape[1], scale=reach)
+    exact = np.float64(weight) * np.repeat(np.float64(scale), 32, axis=-1)
+    reach = 4 * np.linalg.norm(np.float64(x), axis=-1)[..., None] * np.sqrt(np.mean(exact**2))
+    assert_close(out, reference.gemm_int8(x, weight, scale), "float32", reduction=x.shape[-1], scale=reach)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(7168, 1536), (1536, 768), (18432, 256)])
@@ -36,9 +36,11 @@ def test_hostile_shapes(isa, rng, T, n_in, n_out):
 
 
 @pytest.mark.parametrize(("T", "n_in", "n_out"), [(0, 64, 8), (3, 64, 0), (3, 0, 8)])
-def test_empty(isa, T, n_in, n_out):
-    weight, scale = np.zeros((n_out, n_in), np.int8), np.ones((n_out, n_in // 32), BF16)
-    assert same_bits(ops.gemm_int8(np.ones((T, n_in), np.float32), weight, scale), np.zeros((T, n_out), np.float32))
+@pytest.mark.parametrize("heads", [(), (4,), (0,)])
+def test_empty(isa, T, n_in, n_out, heads):
+    weight, scale = np.zeros((*heads, n_out, n_in), np.int8), np.ones((*heads, n_out, n_in // 32), BF16)
+    x, zeros = np.ones((T, *heads, n_in), np.float32), np.zeros((T, *heads, n_out), np.float32)
+    assert same_bits(ops.gemm_int8(x, weight, scale), zeros)
 
 
 @pytest.mark.parametrize("T", [1, 6, 18])
@@ -47,6 +49,20 @@ def test_strided_rows_and_out(isa, rng, T):
     assert ops.gemm_int8(strided(x), weight, scale, out=out) is out
     check(x, weight, scale, out)
     assert np.isnan(out.base).sum() == out.base.size - out.size
+
+
+@pytest.mark.parametrize("T", [1, 6, 130])
+@pytest.mark.parametrize(("N", "n_in", "n_out"), [(16, 128, 512), (3, 352, 100), (2, 64, 7), (1, 32, 5)])
+def test_one_matrix_per_head(isa, rng, T, N, n_in, n_out):
+    """x and out as slices of wider arrays, as MLA has them."""
+    x, (weight, scale), out = normal(rng, T, N, n_in + 64), int8(rng, N, n_out, n_in), poison(T, N, n_out + 9)
+    x = x[:, :, 64:]
+    assert ops.gemm_int8(x, weight, scale, out=out[:, :, :n_out]).base is out
+    check(x, weight, scale, out[:, :, :n_out])
+    assert np.isnan(out[:, :, n_out:]).all()
+    assert same_bits(ops.gemm_int8(x, weight, scale), np.ascontiguousarray(out[:, :, :n_out]))
+    for n in range(N):
+        assert same_bits(ops.gemm_int8(x[:, n], weight[n], scale[n]), np.ascontiguousarray(out[:, n, :n_out]))
 
 
 def test_identity_returns_the_weights_exactly(isa, rng):
@@ -153,6 +169,12 @@ def test_rejects():
         assert_rejects(ops.gemm_int8, arguments(), "weight_scale", np.ones(shape, BF16), ValueError)
     assert_rejects(ops.gemm_int8, arguments(), "out", poison(3, 4), ValueError)
     assert_rejects(ops.gemm_int8, arguments(), "out", read_only(poison(3, 5)), ValueError)
+    heads = {name: np.stack([array] * 2, axis=1 if name in ("x", "out") else 0) for name, array in arguments().items()}
+    for argument in ("x", "weight_scale"):
+        assert_rejects_faults(ops.gemm_int8, heads, argument)
+    assert_rejects(ops.gemm_int8, heads, "weight", np.ones((3, 5, 64), np.int8), ValueError)
+    assert_rejects(ops.gemm_int8, heads, "weight", np.ones((5, 64), np.int8), ValueError)
+    assert_rejects(ops.gemm_int8, heads, "out", poison(3, 5), ValueError)
     square = np.ones((64, 64), np.float32)
     given = {"x": square, "weight": np.ones((64, 64), np.int8), "weight_scale": np.ones((64, 2), BF16)}
     assert_rejects(ops.gemm_int8, given, "out", square, ValueError)

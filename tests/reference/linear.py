@@ -31,11 +31,11 @@ def gemm_int4(x, weight_packed, weight_scale):
 
 
 def int16(x):
-    """x [T, in] as the integers of gemm_int8 times their scale, float64; every step but the rounding is exact.
+    """x [..., in] as the integers of gemm_int8 times their scale, float64; every step but the rounding is exact.
 
     The scale of 32 neighbours is 2^-14 times the power of two that the largest magnitude has reached.
     """
-    groups = np.float64(x).reshape(len(x), x.shape[1] // GROUP, GROUP)
+    groups = np.float64(x).reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = np.abs(groups).max(axis=-1, keepdims=True, initial=0)
     finite = np.isfinite(largest)
     nonzero = finite & (largest >= 2.0**-100)
@@ -45,8 +45,9 @@ def int16(x):
 
 
 def gemm_int8(x, weight, weight_scale):
-    """int16(x) [T, in] @ (q * scale) transposed."""
-    return int16(x) @ (np.float64(weight) * np.repeat(np.float64(weight_scale), GROUP, axis=1)).T
+    """int16(x) [T, in] @ (q * scale) transposed, or one matrix per head: [T, N, in] and [N, out, in]."""
+    exact = np.float64(weight) * np.repeat(np.float64(weight_scale), GROUP, axis=-1)
+    return batched_gemm(int16(x), exact) if x.ndim == 3 else int16(x) @ exact.T
 
 
 def quantize_int8(weight):

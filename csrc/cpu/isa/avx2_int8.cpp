@@ -88,7 +88,7 @@ template <int kTokens>
   for (int t = 0; t < kTokens; t++) sums[t] = sum[t];
 }
 
-// The scales of a block that the end of the row cuts off, filled up with zeros.
+// The scales of a block that the end of the matrix cuts off, filled up with zeros.
 struct LastScales {
   bf16 scale[kGroups] = {};
 
@@ -118,8 +118,10 @@ void dot_rows(const Int8Block* x, int64_t x_stride, const int8_t* w, const bf16*
       }
     if (left)
       for (int r = 0; r < few; r++) {
-        const LastScales last(scales + int64_t(r) * (n / 32) + whole * kGroups, left);
-        add_block<kTokens>(from + int64_t(r) * n + whole * kInt8Block, last.scale, left, x + whole * x_stride, sum[r]);
+        const bf16* at = scales + int64_t(r) * (n / 32) + whole * kGroups;
+        const bool eight = int64_t(rows - 1 - first - r) * (n / 32) >= kGroups - left;  // can be read from there
+        const int8_t* weights = from + int64_t(r) * n + whole * kInt8Block;
+        add_block<kTokens>(weights, eight ? at : LastScales(at, left).scale, left, x + whole * x_stride, sum[r]);
       }
     for (int r = 0; r < few; r++)
       for (int t = 0; t < kTokens; t++) out[t * out_stride + first + r] = sum_lanes(sum[r][t]);

@@ -1,5 +1,7 @@
 """Matrix products with bf16, INT4 and int8 weights, rounding to these, SwiGLU's gate."""
 
+from math import prod
+
 import numpy as np
 
 from kimi_native.ops import _cublas
@@ -63,21 +65,26 @@ def gemm_int4(x, weight_packed, weight_scale, out=None):
 
 
 def gemm_int8(x, weight, weight_scale, out=None):
-    """out = x @ w.T with w[o, i] = weight[o, i] * weight_scale[o, i // 32] and x rounded to int16. On the CPU only.
+    """out = x @ w.T with w[o, i] = weight[o, i] * weight_scale[o, i // 32] and x rounded to int16; or one matrix per
+    head. On the CPU only.
 
     32 neighbouring inputs become d * q: d is 2^-14 times the power of two that their largest magnitude has reached,
     q = min(rint(x / d), 32767). x moves by at most 2^-15 of that magnitude. Products and their sums within a group are
     exact, sums over groups float32. A group below 2^-100 counts as 0, one that is not finite as NaN.
-    x: float32 [T, in], rows may be strided; in is a multiple of 32. weight: int8 [out, in]. weight_scale: bfloat16
-    [out, in / 32]. out: float32 [T, out], optional, rows may be strided; must not overlap x. Returns out.
+    x: float32 [T, in] or [T, N, in], but for the last its axes may be strided; in is a multiple of 32. weight: int8
+    [out, in] or [N, out, in]. weight_scale: bfloat16 [out, in / 32] or [N, out, in / 32]. out: float32 [T, out] or
+    [T, N, out], optional, strided like x; must not overlap x. Returns out.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "gemm_int8"
     _check_host(op, "x", x)
-    T, n_in = shape_of(op, "x", x, 2)
+    axes = 3 if getattr(x, "ndim", 2) == 3 else 2
+    *outer, n_in = shape_of(op, "x", x, axes)
+    if getattr(weight, "ndim", axes) != axes:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected {axes} axes, as x has")
     if out is None:
-        out = empty(x, T, shape_of(op, "weight", weight, 2)[0])
-    blocks = T * -(-n_in // 256) + 1  # of 256 integers and 8 scales, and one to align them
+        out = empty(x, *outer, shape_of(op, "weight", weight, axes)[-2])
+    blocks = prod(outer) * -(-n_in // 256) + 1  # of 256 integers and 8 scales, and one to align them
     workspace = empty(x, 136 * blocks)
     run(op, x=x, weight=weight, weight_scale=weight_scale, out=out, workspace=workspace)
     return out
