@@ -1,4 +1,4 @@
-// AVX-512: improves on AVX2 where integers are multiplied; every other slot is filled from there.
+// AVX-512 with VNNI: improves on AVX2 where integers are multiplied; every other slot is filled from there.
 #include "cpu/kernels.h"
 
 namespace kimi::cpu {
@@ -8,6 +8,7 @@ constexpr Kernels table() {
   Kernels k{};
   k.name = "avx512";
   k.quantized = &avx512_quantized_kernels;
+  k.int8 = &avx512_int8_kernels;
   return k;
 }
 
