@@ -1,4 +1,7 @@
 // Picks the table once, at first use. Built without instruction-set flags.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -39,12 +42,18 @@ struct Tables {
   }
 };
 
-#if KIMI_EMULATE_ISA  // the sources of AVX-512 are compiled for AVX2
+#if KIMI_EMULATE_ISA  // the sources of both are compiled for AVX2
 bool has_avx512() { return true; }
+bool has_amx() { return true; }
 #elif KIMI_X86
 bool has_avx512() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_amx() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, for all threads of the process
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -72,7 +81,10 @@ struct Isas {
 #if KIMI_X86
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       add(avx2_kernels);
-      if (has_avx512()) add(avx512_kernels);
+      if (has_avx512()) {
+        add(avx512_kernels);
+        if (has_amx()) add(amx_kernels);
+      }
     }
 #endif
     active = &tables[count - 1].all;
