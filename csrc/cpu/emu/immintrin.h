@@ -42,13 +42,6 @@ __m512i lanes(Lane lane) {
   for (unsigned i = 0; i < sizeof(V) / sizeof v[0]; i++) v[i] = lane(i);
   return (__m512i)v;
 }
-template <class Lane>
-__m512 floats(Lane lane) {
-  __m512 v{};
-  for (int i = 0; i < 16; i++) v[i] = lane(i);
-  return v;
-}
-
 template <class V>
 V read(const void* at) {
   V v;
@@ -95,15 +88,9 @@ inline void _mm512_store_si512(void* at, __m512i a) { emu::aligned(at), std::mem
 
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
-inline __m512 _mm512_set1_ps(float a) {
-  return emu::floats([=](int) { return a; });
-}
-inline __m512i _mm512_set1_epi8(char a) {
-  return emu::lanes<emu::i8>([=](int) { return a; });
-}
-inline __m512i _mm512_set1_epi32(int a) {
-  return emu::lanes<emu::i32>([=](int) { return a; });
-}
+inline __m512i _mm512_set1_epi8(char a) { return (__m512i)(emu::i8{} + int8_t(a)); }
+inline __m512i _mm512_set1_epi32(int a) { return (__m512i)(emu::i32{} + a); }
+inline __m512 _mm512_set1_ps(float a) { return (__m512)_mm512_set1_epi32(emu::read<int>(&a)); }
 template <class... Ints>  // from the highest lane to the lowest; the compiler's setr is a macro of it
 __m512i _mm512_set_epi32(Ints... a) {
   static_assert(sizeof...(a) == 16);
@@ -130,17 +117,18 @@ inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512
 inline __m512i _mm512_srai_epi32(__m512i a, unsigned n) { return (__m512i)((emu::i32)a >> (n > 31 ? 31 : n)); }
 inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((emu::u16)a >> n); }
 
-inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
-  return emu::lanes<emu::i32>([s = (emu::u32)sum, x = (emu::u8)a, y = (emu::i8)b](int i) {
-    uint32_t total = s[i];
-    for (int j = 0; j < 4; j++) total += uint32_t(x[4 * i + j] * y[4 * i + j]);
-    return total;
-  });
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // bytes, a unsigned and b signed
+  emu::u32 total = (emu::u32)sum;
+  for (int j = 0; j < 32; j += 8)
+    total += ((emu::u32)a >> j & 255) * (emu::u32)((emu::i32)((emu::u32)b << (24 - j)) >> 24);
+  return (__m512i)total;
 }
-inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
-  return emu::lanes<emu::i32>([s = (emu::u32)sum, x = (emu::i16)a, y = (emu::i16)b](int i) {
-    return s[i] + uint32_t(x[2 * i] * y[2 * i]) + uint32_t(x[2 * i + 1] * y[2 * i + 1]);
-  });
+inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {  // signed words
+  emu::u32 total = (emu::u32)sum;
+  for (int j = 0; j < 32; j += 16)
+    total +=
+        (emu::u32)((emu::i32)((emu::u32)a << (16 - j)) >> 16) * (emu::u32)((emu::i32)((emu::u32)b << (16 - j)) >> 16);
+  return (__m512i)total;
 }
 inline int _mm512_reduce_add_epi32(__m512i a) {
   uint32_t sum = 0;
@@ -172,7 +160,7 @@ inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
   });
 }
 inline __m512 _mm512_permute_ps(__m512 a, int control) {
-  return emu::floats([=](int i) { return a[i / 4 * 4 + (control >> i % 4 * 2 & 3)]; });
+  return (__m512)emu::lanes<__m512>([=](int i) { return a[i / 4 * 4 + (control >> i % 4 * 2 & 3)]; });
 }
 
 // Conversions.
@@ -192,9 +180,7 @@ inline __m128i _mm512_cvtepi32_epi8(__m512i a) {
   for (int i = 0; i < 16; i++) x[i] = uint8_t(((emu::u32)a)[i]);
   return emu::read<__m128i>(x);
 }
-inline __m512 _mm512_cvtepi32_ps(__m512i a) {
-  return emu::floats([x = (emu::i32)a](int i) { return float(x[i]); });
-}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) { return __builtin_convertvector((emu::i32)a, __m512); }
 inline __m512i _mm512_maskz_cvtps_epi32(__mmask16 keep, __m512 a) {  // to nearest even; what does not fit is -2^31
   return emu::lanes<emu::i32>([=](int i) {
     const bool fits = a[i] >= -0x1p31f && a[i] < 0x1p31f;
@@ -207,7 +193,13 @@ inline __m512i _mm512_maskz_cvtps_epi32(__mmask16 keep, __m512 a) {  // to neare
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-  return emu::floats([=](int i) { return std::fmaf(a[i], b[i], c[i]); });
+  __m512 v;
+  for (int half = 0; half < 64; half += 32) {
+    const auto of = [half](const __m512& x) { return emu::read<__m256>(reinterpret_cast<const char*>(&x) + half); };
+    const __m256 sum = _mm256_fmadd_ps(of(a), of(b), of(c));
+    std::memcpy(reinterpret_cast<char*>(&v) + half, &sum, sizeof sum);
+  }
+  return v;
 }
 inline float _mm512_reduce_add_ps(__m512 a) {  // by halves, as the compiler has it
   for (int n = 8; n; n /= 2)
@@ -258,13 +250,12 @@ inline void _tile_dpbsud(int sums, int a, int b) {
   emu::require(sums != a && a != b && b != sums, "three tiles");
   emu::require(to.row_bytes % 4 == 0 && x.row_bytes % 4 == 0 && y.row_bytes % 4 == 0, "rows of whole double words");
   emu::require(to.rows == x.rows && to.row_bytes == y.row_bytes && x.row_bytes == 4 * y.rows, "shapes of a product");
-  for (int m = 0; m < to.rows; m++)
-    for (int n = 0; n < to.row_bytes / 4; n++) {
-      uint32_t sum;
-      std::memcpy(&sum, to.at[m] + 4 * n, 4);
-      for (int k = 0; k < x.row_bytes; k++) sum += uint32_t(int8_t(x.at[m][k]) * y.at[k / 4][4 * n + k % 4]);
-      std::memcpy(to.at[m] + 4 * n, &sum, 4);
-    }
+  for (int m = 0; m < to.rows; m++) {
+    __m512i sum = emu::read<__m512i>(to.at[m]);  // beyond row_bytes b is zero
+    for (int k = 0; k < y.rows; k++)
+      sum = _mm512_dpbusd_epi32(sum, emu::read<__m512i>(y.at[k]), _mm512_set1_epi32(emu::read<int>(x.at[m] + 4 * k)));
+    std::memcpy(to.at[m], &sum, sizeof sum);
+  }
 }
 
 }  // namespace
