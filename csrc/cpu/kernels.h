@@ -101,11 +101,12 @@ struct Kernels {
   const AttentionKernels* attention;
 };
 
-extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels;
-extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels;
-extern const GemmKernels scalar_gemm_kernels, avx2_gemm_kernels;
-extern const Int8Kernels scalar_int8_kernels, avx2_int8_kernels;
-extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;
+extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels, avx512_attention_kernels;
+extern const GemmKernels scalar_gemm_kernels, avx2_gemm_kernels, avx512_gemm_kernels;
+extern const Int8Kernels scalar_int8_kernels, avx2_int8_kernels, avx512_int8_kernels;
+extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels,
+    amx_quantized_kernels;
 
 const Kernels& kernels();
 

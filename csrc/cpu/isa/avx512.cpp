@@ -1,4 +1,4 @@
-// AVX-512: improves on AVX2 where integers are multiplied; every other slot is filled from there.
+// AVX-512 with VNNI: improves on AVX2 in products; every other slot is filled from there.
 #include "cpu/kernels.h"
 
 namespace kimi::cpu {
@@ -7,7 +7,10 @@ namespace {
 constexpr Kernels table() {
   Kernels k{};
   k.name = "avx512";
+  k.gemm = &avx512_gemm_kernels;
   k.quantized = &avx512_quantized_kernels;
+  k.int8 = &avx512_int8_kernels;
+  k.attention = &avx512_attention_kernels;
   return k;
 }
 

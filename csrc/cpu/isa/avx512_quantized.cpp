@@ -1,24 +1,12 @@
-// Integer products for AVX-512 with VNNI. As for AVX2, with blocks of 512 inputs: 64 bytes of weights hold four groups,
-// one in each 128-bit lane, and `vpdpbusd` adds four products at once. Sums come out group 4 j + l in dword j of lane
-// l.
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-
-#include "cpu/kernels.h"
+// Integer products for AVX-512 with VNNI. As for AVX2, with blocks of 512 inputs, and `vpdpbusd` adds four products at
+// once. Two digits take 5 instructions for 128 products, and 3 to take the weights apart: int16 would take 4 `vpdpwssd`
+// and 7, and panels twice as large.
+#include "cpu/isa/avx512_panel.h"
 
 namespace kimi::cpu {
 namespace {
 
-constexpr int kBlock = 512, kGroups = kBlock / 32, kRows = 4, kTokens = 16;
-
-template <int Digits>
-struct Block {
-  int8_t q[Digits][4][2][64];    // [high, low][128 inputs][even, odd]
-  float d[kGroups], c[kGroups];  // c = -8 d sum(q)
-};
-
-int blocks_of(int n) { return (n + kBlock - 1) / kBlock; }
+constexpr int kPanelTokens = 8;
 
 size_t row_bytes(int n, int digits) { return blocks_of(n) * (digits == 1 ? sizeof(Block<1>) : sizeof(Block<2>)); }
 
@@ -74,120 +62,136 @@ void quantize(const float* x, int n, int digits, void* row) {
   quantize_row(x, n, static_cast<Block<2>*>(row));
 }
 
-// A block of a row of weights as bytes.
-struct Weights {
-  __m512i q[4][2];
-  __m512 scale;
-
-  Weights(const uint8_t* w, const bf16* s) {
-    const __m512i nibble = _mm512_set1_epi8(15);
+// Adds the products of 128 inputs, J of 4, to sum. scale holds weight scale * d.
+template <int Digits, int Tokens, int J>
+[[gnu::always_inline]] inline void add_pairs(const uint8_t* w, const Block<Digits>* const* x, int b,
+                                             const __m512 (&scale)[Tokens], __m512 (&sum)[Tokens]) {
+  __m512i part[2];
+  unpack(_mm512_loadu_si512(w + 64 * J), part);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const __m512i v = _mm512_loadu_si512(w + 64 * j);
-      q[j][0] = _mm512_and_si512(v, nibble);
-      q[j][1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-    }
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));
-    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    scale = _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, wide));
-  }
-};
-
-// The sums of four dwords in each lane of a, b, c and d, side by side.
-__m512i sums_of_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-
-template <int Digits>
-__m512 add_block(const Weights& w, const Block<Digits>& x, __m512 sum) {
-  __m512i v[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    v[j] = _mm512_setzero_si512();
+  for (int t = 0; t < Tokens; t++) {
+    __m512i p = _mm512_setzero_si512();
 #pragma GCC unroll 2
     for (int digit = 0; digit < Digits; digit++) {
-      if (digit) v[j] = _mm512_slli_epi32(v[j], 7);
-      v[j] = _mm512_dpbusd_epi32(v[j], w.q[j][0], _mm512_loadu_si512(x.q[digit][j][0]));
-      v[j] = _mm512_dpbusd_epi32(v[j], w.q[j][1], _mm512_loadu_si512(x.q[digit][j][1]));
+      const auto& q = x[t][b].q[digit][J];
+      if (digit) p = _mm512_slli_epi32(p, 7);
+      p = _mm512_dpbusd_epi32(p, part[0], _mm512_loadu_si512(q[0]));
+      p = _mm512_dpbusd_epi32(p, part[1], _mm512_loadu_si512(q[1]));
     }
+    sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), _mm512_permute_ps(scale[t], J * 0x55), sum[t]);
   }
-  const __m512 p = _mm512_cvtepi32_ps(sums_of_lanes(v[0], v[1], v[2], v[3]));
-  return _mm512_fmadd_ps(w.scale, _mm512_fmadd_ps(p, _mm512_loadu_ps(x.d), _mm512_loadu_ps(x.c)), sum);
 }
 
-float sum_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
-
-struct Matrix {
-  const uint8_t* w;
-  int64_t w_stride;
-  const bf16* scale;
-  int64_t scale_stride;
-  int n;
-
-  Matrix skip(int r) const { return {w + r * w_stride, w_stride, scale + r * scale_stride, scale_stride, n}; }
-  // Block b of row r. The last one may be cut off by the end of the row: what is missing counts as zeros.
-  Weights block(int r, int b) const {
-    const uint8_t* packed = w + r * w_stride + b * (kBlock / 2);
-    const bf16* scales = scale + r * scale_stride + b * kGroups;
-    const int groups = n / 32 - b * kGroups;
-    return groups < kGroups ? cut(packed, scales, groups) : Weights(packed, scales);
+// sum[t] += block b of x[t] . a block of weights
+template <int Digits, int Tokens>
+[[gnu::always_inline]] inline void add_block(const uint8_t* w, const bf16* scales, const Block<Digits>* const* x, int b,
+                                             __m512 (&sum)[Tokens]) {
+  const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512 scale =
+      _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_slli_epi32(_mm512_cvtepu16_epi32(s), 16)));
+  __m512 scaled[Tokens], odd[Tokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; t++) {
+    scaled[t] = _mm512_mul_ps(scale, _mm512_loadu_ps(x[t][b].d));
+    sum[t] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(x[t][b].c), sum[t]);
+    odd[t] = _mm512_setzero_ps();  // two chains of additions: with one, a single token waits for them
   }
-
-  __attribute__((noinline)) static Weights cut(const uint8_t* w, const bf16* s, int groups) {
-    uint8_t packed[kBlock / 2] = {};
-    bf16 scales[kGroups] = {};
-    __builtin_memcpy(packed, w, groups * 16), __builtin_memcpy(scales, s, groups * sizeof(bf16));
-    return Weights(packed, scales);
-  }
-};
-
-// One token: sums stay in registers, and what the next rows of weights will need is asked for ahead.
-template <int Digits>
-void dot_one(const Block<Digits>* x, const Matrix& m, int rows, float* out) {
-  constexpr int kAhead = 1024;  // bytes
-  __m512 sum[kRows];
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  for (int b = 0; b < blocks_of(m.n); b++)
-    for (int r = 0; r < rows; r++) {
-      const uint8_t* ahead = m.w + r * m.w_stride + b * (kBlock / 2) + kAhead;
-      for (int i = 0; i < kBlock / 2; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
-      sum[r] = add_block(m.block(r, b), x[b], sum[r]);
-    }
-  for (int r = 0; r < rows; r++) out[r] = sum_lanes(sum[r]);
+  add_pairs<Digits, Tokens, 0>(w, x, b, scaled, sum), add_pairs<Digits, Tokens, 1>(w, x, b, scaled, odd);
+  add_pairs<Digits, Tokens, 2>(w, x, b, scaled, sum), add_pairs<Digits, Tokens, 3>(w, x, b, scaled, odd);
+#pragma GCC unroll 4
+  for (int t = 0; t < Tokens; t++) sum[t] = _mm512_add_ps(sum[t], odd[t]);
 }
 
-// Up to kTokens tokens: a block of weights is unpacked once for all of them, sums pass through the L1 cache.
-template <int Digits>
-void dot_some(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
-  __m512 sum[kTokens][kRows];
-  for (int t = 0; t < tokens; t++)
-    for (auto& s : sum[t]) s = _mm512_setzero_ps();
-  for (int b = 0; b < blocks_of(m.n); b++)
-    for (int r = 0; r < rows; r++) {
-      const Weights w = m.block(r, b);
-      for (int t = 0; t < tokens; t++) sum[t][r] = add_block(w, x[t][b], sum[t][r]);
-    }
-  for (int t = 0; t < tokens; t++)
-    for (int r = 0; r < rows; r++) out[t * out_stride + r] = sum_lanes(sum[t][r]);
+// A few rows at a time, so that blocks of several tokens stay in the L1 cache; one token reads row after row.
+template <int Digits, int Tokens>
+void dot_rows(const Block<Digits>* const* x, const Matrix& m, int rows, float* out, int out_stride) {
+  constexpr int kRows = Tokens == 1 ? 1 : 4;
+  const int whole = m.n / kBlock, blocks = blocks_of(m.n);
+  Prefetch ahead(m, kRows);
+  for (int first = 0; first < rows; first += kRows) {
+    const int few = rows - first < kRows ? rows - first : kRows;
+    __m512 sum[kRows][Tokens];
+    for (auto& row : sum)
+      for (auto& s : row) s = _mm512_setzero_ps();
+    for (int b = 0; b < whole; b++)
+      for (int r = 0; r < few; r++) {
+        ahead.next_block();
+        add_block<Digits, Tokens>(m.packed(first + r, b), m.scales(first + r, b), x, b, sum[r]);
+      }
+    if (whole < blocks)
+      for (int r = 0; r < few; r++) {
+        LastBlock last;
+        last.load(m, first + r, whole);
+        add_block<Digits, Tokens>(last.w, last.scale, x, whole, sum[r]);
+      }
+    for (int r = 0; r < few; r++)
+      for (int t = 0; t < Tokens; t++) out[t * out_stride + first + r] = _mm512_reduce_add_ps(sum[r][t]);
+  }
 }
 
 template <int Digits>
-void dot_all(const void* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
-  for (int t = 0; t < tokens; t += kTokens)
-    for (int r = 0; r < rows; r += kRows) {
-      const int some = tokens - t < kTokens ? tokens - t : kTokens, few = rows - r < kRows ? rows - r : kRows;
-      const auto* const* rows_of_x = reinterpret_cast<const Block<Digits>* const*>(x) + t;
-      float* to = out + t * out_stride + r;
-      if (some > 1)
-        dot_some(rows_of_x, some, m.skip(r), few, to, out_stride);
-      else if (few == kRows)
-        dot_one(*rows_of_x, m.skip(r), kRows, to);
-      else
-        dot_one(*rows_of_x, m.skip(r), few, to);
+void dot_few(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  if (tokens == 1) return dot_rows<Digits, 1>(x, m, rows, out, out_stride);
+  if (tokens == 2) return dot_rows<Digits, 2>(x, m, rows, out, out_stride);
+  if (tokens == 3) return dot_rows<Digits, 3>(x, m, rows, out, out_stride);
+  dot_rows<Digits, 4>(x, m, rows, out, out_stride);
+  if (tokens > 4) dot_few(x + 4, tokens - 4, m, rows, out + 4 * out_stride, out_stride);
+}
+
+// out[t][0..16) += block b of x[t] . the rows of a panel
+template <int Digits, int Tokens>
+[[gnu::noinline]] void multiply(const Panel& panel, const Block<Digits>* const* x, int b, float* out, int out_stride,
+                                Prefetch& ahead) {
+  const Block<Digits>* block[Tokens];
+  __m512 total[Tokens];
+  for (int t = 0; t < Tokens; t++) block[t] = x[t] + b, total[t] = _mm512_loadu_ps(out + t * out_stride);
+  for (int g = 0; g < kGroups; g++) {
+    if (ahead.due > 0) ahead.due--, ahead.next_block();  // a few at a time
+    __m512i sum[Tokens];
+    for (auto& s : sum) s = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int i = 0; i < 8 * Digits; i++) {
+      const int digit = i / 8, part = i / 4 % 2, j = i % 4;
+      const __m512i w = _mm512_load_si512(panel.q[g][i % 8]);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; t++) {
+        int four;
+        __builtin_memcpy(&four, &block[t]->q[digit][g / 4][part][g % 4 * 16 + 4 * j], 4);
+        if (i == 8) sum[t] = _mm512_slli_epi32(sum[t], 7);
+        sum[t] = _mm512_dpbusd_epi32(sum[t], w, _mm512_set1_epi32(four));
+      }
     }
+    const __m512 scale = _mm512_load_ps(panel.scale[g]);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; t++) {
+      const int at = g % 4 * 4 + g / 4;
+      const __m512 d = _mm512_set1_ps(block[t]->d[at]), c = _mm512_set1_ps(block[t]->c[at]);
+      total[t] = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), d, c), scale, total[t]);
+    }
+  }
+  for (int t = 0; t < Tokens; t++) _mm512_storeu_ps(out + t * out_stride, total[t]);
+}
+
+template <int Digits>
+void dot_panels(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  constexpr decltype(&multiply<Digits, 1>) kTiles[] = {multiply<Digits, 1>, multiply<Digits, 2>, multiply<Digits, 3>,
+                                                       multiply<Digits, 4>, multiply<Digits, 5>, multiply<Digits, 6>,
+                                                       multiply<Digits, 7>, multiply<Digits, 8>};
+  for_each_panel(m, tokens, rows, out, out_stride, [&](const Panel& panel, int r, int b, Prefetch& ahead) {
+    for (int t = 0; t < tokens; t += kPanelTokens) {
+      const int some = tokens - t < kPanelTokens ? tokens - t : kPanelTokens;
+      kTiles[some - 1](panel, x + t, b, out + t * out_stride + r, out_stride, ahead);
+    }
+  });
+}
+
+template <int Digits>
+void dot_all(const void* const* rows_of_x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
+  const auto* const* x = reinterpret_cast<const Block<Digits>* const*>(rows_of_x);
+  const int panels = tokens > kFew ? rows / kPanelRows * kPanelRows : 0;
+  if (panels) dot_panels(x, tokens, m, panels, out, out_stride);
+  if (panels < rows) dot_few(x, tokens, m.skip(panels), rows - panels, out + panels, out_stride);
 }
 
 void dot(const void* const* x, int tokens, int digits, const uint8_t* w, int64_t w_stride, const bf16* scale,
