@@ -174,8 +174,10 @@ class MoE:
             out = self.shared_experts.forward(x)  # queued: the GPU is at it while the CPU computes
             out += gpu.put(self._routed(tokens[0].astype(np.float32), *tokens[1:]).astype(bfloat16))
             return out
-        out = self._routed(x, topk_weights, topk_ids)
-        out += self.shared_experts.forward(x)
+        if self.expert_cache is not None:
+            self.expert_cache.read_ahead(self.index, topk_ids)  # while the shared expert is computed
+        out = self.shared_experts.forward(x)
+        out += self._routed(x, topk_weights, topk_ids)
         return out
 
     def _routed(self, x, topk_weights, topk_ids):
