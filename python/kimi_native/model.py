@@ -21,7 +21,7 @@ from kimi_native.config import Config, TextConfig
 from kimi_native.expert_cache import ExpertCache, budget, parse_bytes
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
-from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory
+from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory, read_ahead
 from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
 
@@ -253,6 +253,7 @@ class Model:
         path = Path(path)
         config = Config.from_folder(path, **overrides)
         checkpoint = Checkpoint(path, progress)
+        read_ahead(checkpoint)
         places = device, experts == "cpu", activations, dense, cache_dtype, expert_cache
         model = cls(config, checkpoint, *places, progress)
         if (path / "tiktoken.model").exists():
