@@ -28,7 +28,8 @@ def dense(folder):
     return dict(sorted(named.items(), key=lambda item: (item[1].file, item[1].begin)))
 
 
-def test_what_every_token_needs_is_read_ahead(folder, asked):
+def test_what_every_token_needs_is_read_ahead(folder, asked, monkeypatch):
+    monkeypatch.setattr("kimi_native.placement.memory_nodes", lambda: 1)
     kn.load(folder)
     assert asked["read_ahead"] == list(dense(folder).values())
 
@@ -36,6 +37,12 @@ def test_what_every_token_needs_is_read_ahead(folder, asked):
 def test_nothing_is_read_ahead_that_memory_does_not_hold(folder, asked, monkeypatch):
     size = sum(entry.nbytes for entry in dense(folder).values())
     monkeypatch.setattr("kimi_native.placement.available_memory", lambda: size - 1)
+    kn.load(folder)
+    assert asked["read_ahead"] == []
+
+
+def test_nothing_is_read_ahead_onto_one_of_several_nodes(folder, asked, monkeypatch):
+    monkeypatch.setattr("kimi_native.placement.memory_nodes", lambda: 2)
     kn.load(folder)
     assert asked["read_ahead"] == []
 

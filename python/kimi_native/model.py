@@ -234,7 +234,7 @@ class Model:
         when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
         multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
         bf16 matrices outside the experts as it loads them, router and kv_b_proj excepted (see ops.quantize_int8): half
-        the bytes to read for a token, and as many more in memory beside the mapped file. cache_dtype: "bfloat16" or, on
+        the bytes to read for a token, in memory of their own instead of the file's. cache_dtype: "bfloat16" or, on
         the CPU, "float32". expert_cache: memory for routed experts on the CPU, in bytes or as in "12GB", the others
         being read from the files when chosen; None takes what is available and leaves all of them mapped if they fit; 0
         leaves them mapped. progress(done, total) is called after each file's header, then after each layer or, on the

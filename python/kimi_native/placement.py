@@ -82,6 +82,11 @@ def available_memory(root: Path = Path("/")) -> int:
 _FILES = ("total_active_file", "total_inactive_file")  # version 2 has them without "total_"
 
 
+def memory_nodes() -> int:
+    """Of the machine; 0 if the system does not say."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+
+
 def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
     """About what a chunk of a prompt takes on the GPU beside weights and cache, its last logits included."""
     c = config
@@ -94,11 +99,15 @@ def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
 
 
 def read_ahead(checkpoint: Checkpoint) -> None:
-    """Begin to read what every token needs, if memory holds it: at several times the rate of page faults."""
+    """Begin to read what every token needs, if memory holds it: at several times the rate of page faults.
+
+    Not with several memory nodes, where all of it would lie on the node of the one thread that asks for it; page faults
+    come from all threads.
+    """
     body = tuple(f"{checkpoint.prefix}{name}." for name in ("model.layers", "model.norm", "lm_head"))
     named = checkpoint.entries.items()
     dense = [entry for name, entry in named if name.startswith(body) and ".mlp.experts." not in name]
-    if sum(entry.nbytes for entry in dense) <= available_memory():
+    if memory_nodes() <= 1 and sum(entry.nbytes for entry in dense) <= available_memory():
         checkpoint.read_ahead(sorted(dense, key=lambda entry: (entry.file, entry.begin)))
 
 
