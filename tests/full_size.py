@@ -23,14 +23,14 @@ from kimi_native import load, ops
 from kimi_native.checkpoint import Checkpoint
 from kimi_native.make_tiny import make_tiny
 
-PIECE = 4 << 20  # bytes of a read when the storage is measured
+PIECE, TOTAL = 4 << 20, 400_000_000  # bytes of a read, and of all of them, when the storage is measured
 FIRST_TOKEN = 1000
 SCALE = 0x3C  # upper byte of the scales: bf16 values of about 0.01
 
 
-def write_model(folder: Path, layers: int, tokens: int) -> None:
+def write_model(folder: Path, layers: int, tokens: int, preset: str = "full-size") -> None:
     partial = folder.with_name(folder.name + ".partial")
-    checkpoint, rng = Checkpoint(make_tiny(partial, "full-size")), np.random.default_rng(0)
+    checkpoint, rng = Checkpoint(make_tiny(partial, preset)), np.random.default_rng(0)
     noise = np.frombuffer(rng.bytes(64 << 20), np.uint8)
     for name, entry in checkpoint.entries.items():
         if name.endswith("embed_tokens.weight"):
@@ -68,13 +68,13 @@ def layer_of(name: str) -> int:
     return int(name.partition(".layers.")[2].split(".")[0])
 
 
-def storage(file: Path, total: int = 400_000_000) -> dict[str, float]:
-    """GB/s of some ways to read experts, `total` bytes in pieces from random places, by turns; medians of five."""
+def storage(file: Path) -> dict[str, float]:
+    """GB/s of some ways to read experts, TOTAL bytes in pieces from random places, by turns; medians of five."""
     pages = os.open(file, os.O_RDONLY)
     direct = os.open(file, os.O_RDONLY | os.O_DIRECT)
     size = os.fstat(pages).st_size // 4 * 3 // PIECE * PIECE  # the packed weights, which come first
     mapped = mmap.mmap(pages, 0, prot=mmap.PROT_READ)
-    count = total // PIECE
+    count = TOTAL // PIECE
     buffer = mmap.mmap(-1, count * PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = memoryview(buffer)
 
@@ -110,7 +110,7 @@ def storage(file: Path, total: int = 400_000_000) -> dict[str, float]:
                 started = time.perf_counter()
                 for step in steps:
                     list(pool.map(step, jobs))
-                rates[name].append(total / (time.perf_counter() - started) / 1e9)
+                rates[name].append(TOTAL / (time.perf_counter() - started) / 1e9)
     os.posix_fadvise(pages, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(pages), os.close(direct)
     return {name: sorted(values)[2] for name, values in rates.items()}
@@ -144,7 +144,7 @@ def read_from_disk() -> int:
 
 def report(folder: Path, layers: int, tokens: int, expert_cache: str | None) -> None:
     print(f"{cpu_name()}, {ops.num_threads()} threads, {memory_total() / 2**30:.1f} GiB, {time.strftime('%Y-%m-%d')}")
-    real = next(file for file in sorted(folder.glob("*.safetensors")) if file.stat().st_blocks * 512 > 5e9)
+    real = max(sorted(folder.glob("*.safetensors")), key=lambda file: file.stat().st_blocks)
     for name, rate in storage(real).items():
         print(f"storage: {rate:5.2f} GB/s  {name}")
     started = time.perf_counter()
@@ -165,9 +165,9 @@ def report(folder: Path, layers: int, tokens: int, expert_cache: str | None) -> 
             assert np.isfinite(logits).all()
             line = f"token {number + 1}: {total:6.2f} s, {(read_from_disk() - disk) / 1e9:5.2f} GB from the disk"
             if model.expert_cache:
-                hits, misses = (vars(model.expert_cache)[name] - before[name] for name in ("hits", "misses"))
+                uses, misses = (vars(model.expert_cache)[name] - before[name] for name in ("uses", "misses"))
                 read = (model.expert_cache.read_bytes - before["read_bytes"]) / 1e9
-                line += f", {read:.2f} GB of experts read, {hits / (hits + misses):.0%} hits"
+                line += f", {read:.2f} GB of experts read, {1 - misses / uses:.0%} hits"
             own, holes = seconds[-1][:layers], seconds[-1][layers:]
             mean = [1000 * sum(times) / max(1, len(times)) for times in (own, holes)]
             print(f"{line}; routed experts of a layer {mean[0]:.0f} ms real, {mean[1]:.0f} ms holes", flush=True)

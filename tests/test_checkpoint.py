@@ -1,9 +1,13 @@
 import collections
+import ctypes
 import json
 import math
+import mmap
 import os
 import random
 import struct
+import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -53,6 +57,57 @@ def test_single_file(tmp_path):
     np.testing.assert_array_equal(checkpoint["b"].astype(float), [0, 1, 2, 3])
     entry = checkpoint.entries["b"]
     assert (entry.dtype, entry.shape, entry.nbytes) == ("BF16", (4,), 8)
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A checkpoint with a tensor of 200 pages that begins and ends within a page, none of them in memory."""
+    count = 200 * mmap.PAGESIZE
+    header = {"a": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}
+    file = tmp_path / "model.safetensors"
+    write(tmp_path, shard(header, np.arange(count, dtype=np.uint8).tobytes()))
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return Checkpoint(tmp_path)
+
+
+def mapped_pages(checkpoint):
+    """Pages of the checkpoint's one file that this process has mapped and read or written."""
+    _, _, rest = Path("/proc/self/smaps").read_text().partition(str(checkpoint.files[0]))
+    return int(rest.partition("Rss:")[2].split()[0]) * 1024 // mmap.PAGESIZE
+
+
+def test_release(pages):
+    view = pages["a"]
+    assert view.sum() > 0 and mapped_pages(pages) >= 200
+    pages.release(pages.entries["a"])
+    assert mapped_pages(pages) <= 2  # which it shares with what lies before and behind it
+    np.testing.assert_array_equal(view, np.arange(len(view), dtype=np.uint8))
+
+
+def test_releasing_less_than_a_page_does_nothing(tmp_path):
+    checkpoint = Checkpoint(write(tmp_path, shard(HEADER)))
+    checkpoint.release(checkpoint.entries["a"])
+    np.testing.assert_array_equal(checkpoint["a"], np.arange(6, dtype=np.float32).reshape(2, 3))
+
+
+def test_read_ahead(pages):
+    entry, view = pages.entries["a"], pages["a"]
+    first = view.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    in_memory = (ctypes.c_ubyte * 201)()
+
+    def all_read():
+        size = ctypes.c_size_t(201 * mmap.PAGESIZE)
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), size, in_memory) == 0
+        return all(byte & 1 for byte in in_memory)
+
+    pages.read_ahead([entry])
+    deadline = time.monotonic() + 60
+    while not all_read():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert mapped_pages(pages) <= 16  # of the header: nothing was touched to read the rest
 
 
 def test_views_are_read_only_and_share_memory(tmp_path):

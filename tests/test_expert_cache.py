@@ -1,14 +1,17 @@
 """Experts that are read when chosen, against the same model with all experts mapped."""
 
 import os
+import signal
+import threading
 
 import kimi_native as kn
 import numpy as np
 import pytest
 from kimi_native import make_tiny as tiny
+from kimi_native import ops
 from kimi_native.__main__ import main
 from kimi_native.checkpoint import CheckpointError
-from kimi_native.expert_cache import budget, parse_bytes, slot_bytes
+from kimi_native.expert_cache import READERS, budget, parse_bytes, slot_bytes
 from kimi_native.placement import available_memory
 
 TOKENS = np.random.default_rng(0).integers(0, 1024, 24).tolist()
@@ -129,6 +132,56 @@ def test_a_file_that_was_cut_is_an_error(tmp_path, folder, size):
             last()
     entry.file.write_bytes(whole)
     assert np.isfinite(last()).all() and len(cache.residents) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 1, 5, TOP_K - 1])
+def test_no_bit_depends_on_which_experts_have_to_be_read(folder, missing):
+    """They are multiplied after the others."""
+    cache = kn.load(folder, expert_cache="1GB").expert_cache
+    gate, up, down = (projection.weights for projection in cache.layers[1])
+    x = np.random.default_rng(1).standard_normal((1, gate.shape[2]), np.float32)
+    ids = np.random.default_rng(missing).permutation(32)[None, :TOP_K].astype(np.int32)
+    weights = np.linspace(0.1, 0.7, TOP_K, dtype=np.float32)[None]
+    cache.fused_moe(1, x, weights[:, missing:], ids[:, missing:], "int16")
+    out = cache.fused_moe(1, x, weights, ids, "int16")
+    np.testing.assert_array_equal(out, ops.fused_moe(x, weights, ids, gate, up, down, activations="int16"))
+    assert cache.misses == TOP_K and cache.uses == 2 * TOP_K - missing
+
+
+def test_experts_are_read_while_the_shared_expert_is_computed(folder):
+    """All reads end before anything but the shared expert is computed."""
+    model = kn.load(folder, expert_cache="1GB", **OPTIONS)
+    mlp, cache = model.layers[1].mlp, model.expert_cache
+    forward = mlp.shared_experts.forward
+
+    def wait_for_reads(x):
+        assert len(cache.residents) == TOP_K
+        for resident in cache.residents.values():
+            assert [read.result(timeout=60) for read in resident.reads]
+        return forward(x)
+
+    mlp.shared_experts.forward = wait_for_reads
+    mlp.forward(np.ones((1, cache.layers[0][0].weights.shape[2]), np.float32))
+    assert cache.misses == cache.uses == TOP_K
+
+
+def test_a_forked_child_reads_for_itself(folder, size):
+    """Also what the parent's readers were about to read, and while another thread of the parent is in a call."""
+    expected = decode(kn.load(folder, **OPTIONS))
+    model = kn.load(folder, expert_cache=TOP_K * size, **OPTIONS)
+    decode(model)
+    never = threading.Event()
+    waiting = [model.expert_cache.readers.submit(never.wait) for _ in range(READERS)]
+    model.expert_cache.read_ahead(0, np.arange(TOP_K)[None])
+    with model.expert_cache.lock:
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if np.array_equal(decode(model), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    never.set()
+    assert all(future.result(timeout=60) for future in waiting)
+    np.testing.assert_array_equal(decode(model), expected)
 
 
 def test_a_call_that_is_broken_off_leaves_no_garbage(folder, size, monkeypatch):

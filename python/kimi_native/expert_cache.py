@@ -68,7 +68,7 @@ def budget(asked: int | None, layers: list[Layer], dense: int, experts: int, top
 
 
 class ExpertCache:
-    """hits and misses count the experts that a layer needed, each once a call; read_bytes are those of the misses."""
+    """uses, hits and misses count the experts that a layer needed, each once a call; read_bytes are of the misses."""
 
     def __init__(self, layers: list[Layer], budget: int):
         """Raises ValueError for a budget, in bytes, of less than two experts."""
@@ -86,24 +86,43 @@ class ExpertCache:
                 if file not in self.files:
                     self.files[file] = _open(file)
                     weakref.finalize(self, os.close, self.files[file])
-        self.readers = ThreadPoolExecutor(READERS, "expert-reader")
         # By layer * E + expert. An expert is in memory if it owns its slot: that is written last when it comes and
         # first when it goes, so that a call broken off by Ctrl-C leaves nothing half done.
         self.residents: dict[int, Resident] = {}
         self.owners = np.full(self.slots, -1)
         self.heat = np.full((len(layers), len(layers[0][0].entries)), -np.inf)  # log2 of the uses, of late ones most
         self.tokens = np.zeros(len(layers))
-        self.hits = self.misses = self.read_bytes = 0
+        self.uses = self.misses = self.read_bytes = 0
+        self._start_readers()
+        _caches.add(self)
+
+    def _start_readers(self) -> None:
+        """In a forked child too, which has neither the readers nor what they were about to write."""
+        self.readers = ThreadPoolExecutor(READERS, "expert-reader")
         self.lock = threading.Lock()  # a second Python thread would give up experts that this one multiplies with
+        for key, resident in list(self.residents.items()):
+            if resident.reads:
+                self.owners[resident.slot] = -1
+                del self.residents[key]
+
+    @property
+    def hits(self) -> int:
+        return self.uses - self.misses
 
     @property
     def hit_rate(self) -> float:
         """Of the experts that were needed, the share that was in memory."""
-        return self.hits / max(1, self.hits + self.misses)
+        return self.hits / max(1, self.uses)
 
     def summary(self) -> str:
         size = self.slots * self.slot_bytes / 1e9
         return f"expert cache {size:.1f} GB, {self.hit_rate:.0%} hits, {self.read_bytes / 1e9:.1f} GB read"
+
+    def read_ahead(self, layer: int, topk_ids) -> None:
+        """Begin to read what fused_moe, called next with these ids, would have to wait for."""
+        with self.lock:
+            group = self._groups(layer, np.unique(topk_ids))[0]
+            self._start(group, group)
 
     def fused_moe(self, layer: int, x, topk_weights, topk_ids, activations: str):
         """ops.fused_moe with the experts of a layer, of which there may be more than slots.
@@ -120,11 +139,12 @@ class ExpertCache:
         self.tokens[layer] += len(x)
         age = self.tokens[layer] / HALF_LIFE
         self.heat[layer, ids] = np.logaddexp2(self.heat[layer, ids], np.log2(counts) + age)
-        size = len(ids) if len(ids) <= self.slots else self.slots // 2
-        keys = (layer * self.heat.shape[1] + ids).tolist()
-        groups = [keys[start : start + size] for start in range(0, len(keys), size)]
+        self.uses += len(ids)
+        groups = self._groups(layer, ids)
         self._start(groups[0], groups[0])
-        out = None
+        if len(x) == 1 and len(groups[0]) == topk_ids.size:
+            return self._one_token(groups[0], x, topk_weights[:, np.argsort(topk_ids[0])], activations)
+        size, out = len(groups[0]), None
         for i, group in enumerate(groups):
             if i + 1 < len(groups):
                 self._start(groups[i + 1], group + groups[i + 1])
@@ -135,13 +155,33 @@ class ExpertCache:
             out = part if out is None else out + part
         return out
 
+    def _one_token(self, keys: list[int], x, weights, activations: str):
+        """x [1, H] by its experts, ascending as are their weights [1, K]: what is there first, while the rest is read.
+
+        Each expert has a row of its own, and rows are added in the order of ops.fused_moe, so that no bit depends on
+        what was there.
+        """
+        there = np.array([all(read.done() for read in self.residents[key].reads) for key in keys])
+        rows = np.empty((len(keys), x.shape[1]), np.float32)
+        for part in filter(len, (np.flatnonzero(there), np.flatnonzero(~there))):
+            experts = self._finish([keys[i] for i in part])
+            ids, ones = np.arange(len(part), dtype=np.int32)[:, None], np.ones((len(part), 1), np.float32)
+            rows[part] = ops.fused_moe(np.repeat(x, len(part), 0), ones, ids, *experts, activations=activations)
+        return ops.moe_unpermute(rows, weights, np.arange(len(keys), dtype=np.int32)[None])
+
+    def _groups(self, layer: int, ids: np.ndarray) -> list[list[int]]:
+        """The keys of ascending ids: all of them if there are slots for them, or groups of half the slots."""
+        size = len(ids) if len(ids) <= self.slots else self.slots // 2
+        keys = (layer * self.heat.shape[1] + ids).tolist()
+        return [keys[start : start + size] for start in range(0, len(keys), size)]
+
     def _is_resident(self, key: int) -> bool:
         return key in self.residents and self.owners[self.residents[key].slot] == key
 
     def _start(self, group: list[int], kept: list[int]) -> None:
         """Have the missing experts of `group` read into slots that no expert of `kept` has."""
         missing = [key for key in group if not self._is_resident(key)]
-        self.hits, self.misses = self.hits + len(group) - len(missing), self.misses + len(missing)
+        self.misses += len(missing)
         for key, slot in zip(missing, self._free_slots(len(missing), kept), strict=True):
             layer, expert = divmod(key, self.heat.shape[1])
             position, resident = slot * self.slot_bytes, Resident(slot, [], [])
@@ -209,6 +249,10 @@ class ExpertCache:
                         "it was longer when it was loaded"
                     )
                 done += count // BLOCK * BLOCK
+
+
+_caches = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [cache._start_readers() for cache in _caches])
 
 
 def _open(file: Path) -> int:

@@ -21,7 +21,7 @@ from kimi_native.config import Config, TextConfig
 from kimi_native.expert_cache import ExpertCache, budget, parse_bytes
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
-from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory
+from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory, read_ahead
 from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
 
@@ -193,8 +193,10 @@ class MoE:
             out = self.shared_experts.forward(x)  # queued: the GPU is at it while the CPU computes
             out += gpu.put(self._routed(tokens[0].astype(np.float32), *tokens[1:]).astype(bfloat16))
             return out
-        out = self._routed(x, topk_weights, topk_ids)
-        out += self.shared_experts.forward(x)
+        if self.expert_cache is not None:
+            self.expert_cache.read_ahead(self.index, topk_ids)  # while the shared expert is computed
+        out = self.shared_experts.forward(x)
+        out += self._routed(x, topk_weights, topk_ids)
         return out
 
     def _routed(self, x, topk_weights, topk_ids):
@@ -248,15 +250,15 @@ class Model:
         for dense "int8".
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
-        when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the
-        CPU are multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU
-        alone, rounds the bf16 matrices outside the experts as it loads them, but for the router and, in a
-        prompt, kv_b_proj (see ops.quantize_int8): half the bytes to read for a token, and as many more in
-        memory beside the mapped file. cache_dtype: "bfloat16" or, on the CPU, "float32". expert_cache: memory
-        for routed experts on the CPU, in bytes or as in "12GB", the others being read from the files when
-        chosen; None takes what is available and leaves all of them mapped if they fit; 0 leaves them mapped.
-        progress(done, total) is called after each file's header, then after each layer or, on the GPU, as
-        weights are copied. Overrides replace fields of the text config, e.g. mla_norm_eps=1e-6.
+        when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
+        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
+        bf16 matrices outside the experts as it loads them, but for the router and, in a prompt, kv_b_proj (see
+        ops.quantize_int8): half the bytes to read for a token, in memory of their own instead of the file's.
+        cache_dtype: "bfloat16" or, on the CPU, "float32". expert_cache: memory for routed experts on the CPU, in bytes
+        or as in "12GB", the others being read from the files when chosen; None takes what is available and leaves all
+        of them mapped if they fit; 0 leaves them mapped. progress(done, total) is called after each file's header, then
+        after each layer or, on the GPU, as weights are copied. Overrides replace fields of the text config, e.g.
+        mla_norm_eps=1e-6.
         Raises ConfigError or CheckpointError, naming file or tensor, what was found and what was expected, ValueError
         for a device that there is not, RuntimeError without a GPU or enough memory on it, before anything is copied.
         """
@@ -271,6 +273,7 @@ class Model:
         path = Path(path)
         config = Config.from_folder(path, **overrides)
         checkpoint = Checkpoint(path, progress)
+        read_ahead(checkpoint)
         places = device, experts == "cpu", activations, dense, cache_dtype, expert_cache
         model = cls(config, checkpoint, *places, progress)
         if (path / "tiktoken.model").exists():

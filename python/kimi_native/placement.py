@@ -84,6 +84,11 @@ def available_memory(root: Path = Path("/")) -> int:
 _FILES = ("total_active_file", "total_inactive_file")  # version 2 has them without "total_"
 
 
+def memory_nodes() -> int:
+    """Of the machine; 0 if the system does not say."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+
+
 def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
     """About what a chunk of a prompt takes on the GPU beside weights and cache, its last logits included."""
     c = config
@@ -93,6 +98,19 @@ def workspace_bytes(config: TextConfig, tokens: int, keys: int) -> int:
     routed = c.num_experts_per_tok * (c.hidden_size * (2 + 4) + 3 * c.moe_intermediate_size * 2)
     activations = 6 * c.hidden_size * 2 + attention + max(dense, routed)
     return tokens * activations + keys * expanded + c.vocab_size * 4
+
+
+def read_ahead(checkpoint: Checkpoint) -> None:
+    """Begin to read what every token needs, if memory holds it: at several times the rate of page faults.
+
+    Not with several memory nodes, where all of it would lie on the node of the one thread that asks for it; page faults
+    come from all threads.
+    """
+    body = tuple(f"{checkpoint.prefix}{name}." for name in ("model.layers", "model.norm", "lm_head"))
+    named = checkpoint.entries.items()
+    dense = [entry for name, entry in named if name.startswith(body) and ".mlp.experts." not in name]
+    if memory_nodes() <= 1 and sum(entry.nbytes for entry in dense) <= available_memory():
+        checkpoint.read_ahead(sorted(dense, key=lambda entry: (entry.file, entry.begin)))
 
 
 class Weights:
@@ -134,8 +152,11 @@ class Weights:
         """
         packed = [f"{self.prefix}{name}.weight_packed" in self.checkpoint for name in outputs]
         if self.dense == "int8" and not any(packed):
-            names = {f"{name}.weight": (n_out, n_in) for name, n_out in outputs.items()}
-            parts = [self.rounded(name, self.tensor(name, *shape, kind="original")) for name, shape in names.items()]
+            parts = []
+            for name, n_out in outputs.items():
+                entry = self._checked(f"{name}.weight", (n_out, n_in), "BF16", "original")
+                parts.append(self.rounded(f"{name}.weight", self.checkpoint.view(entry)))
+                self.checkpoint.release(entry)
             return parts if len(parts) == 1 else [tuple(map(np.concatenate, zip(*parts, strict=True)))]
         entries = [self._linear(name, n_out, n_in, "dense") for name, n_out in outputs.items()]
         place = self.upload or (lambda view: view)
