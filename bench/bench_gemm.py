@@ -4,7 +4,7 @@ from itertools import groupby
 
 from kimi_native import ops
 
-from bench import baseline, peers, shapes
+from bench import baseline, cpu_peers, peers, shapes
 
 
 def bench(harness):
@@ -22,4 +22,5 @@ def bench(harness):
                 operations=2 * T * weight.size,
                 baseline=lambda x=x, weight=weight: baseline.gemm(x, weight),
                 peers=lambda x=x, weight=weight: peers.gemm(x, weight),
+                cpu_peers=lambda x=x, weight=weight: cpu_peers.gemm(x, weight),
             )

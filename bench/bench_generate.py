@@ -4,7 +4,8 @@ The model has every part of the real one in small (3 layers, a few MB) and stays
 lies between the kernels: Python, small ops, the cache, the sampler. It runs in a fresh process, so that the peak memory
 is its own.
 
-With peers, the preset "small" beside ik_llama.cpp, in turns, with the same weights; writing them takes a minute.
+With peers, the preset "small" beside ik_llama.cpp and llama.cpp, in turns, with the same weights; writing them takes a
+minute.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def bench(harness):
         tokens=NEW_TOKENS - 1,  # the first one comes out of the prefill
         note=note,
     )
-    if not harness.cuda and harness.peers and cpu_peers.ik_model():
+    if not harness.cuda and harness.peers and cpu_peers.ggml_engines() and cpu_peers.module("gguf_file"):
         compare(harness)
 
 
@@ -52,21 +53,21 @@ def compare(harness):
     from kimi_native import load
     from kimi_native.make_tiny import make_tiny
 
-    from bench import gguf_file
+    from bench import gguf_file, gguf_models
 
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name) / "small", Path(name) / "small.gguf"
         make_tiny(folder, "small")
         gguf_file.write(folder, file)
         room = LONG_CONTEXT + 32 * BURST
-        theirs = cpu_peers.ik_model().IkModel(file, room)
+        theirs = {engine: gguf_models.MODELS[engine](file, room) for engine in cpu_peers.ggml_engines()}
         for activations in ("int16", "int8"):  # theirs are int8; the dense weights have 8 bits in both
             ours = load(folder, activations=activations, dense="int8")
-            take_turns(harness, activations, OurModel(ours, room), theirs)
+            take_turns(harness, activations, {"ours": OurModel(ours, room), **theirs})
 
 
 class OurModel:
-    """One sequence, as bench.ik_model has it."""
+    """One sequence, as bench.gguf_models has it."""
 
     def __init__(self, model, max_tokens: int):
         self._model, self._cache = model, model.new_cache(max_tokens)
@@ -78,8 +79,8 @@ class OurModel:
         return self._model.forward(token_ids, self._cache, last_only=True)[0]
 
 
-def take_turns(harness, activations, *engines):
-    """engines: ours, then ik_llama.cpp. Both get the same random tokens."""
+def take_turns(harness, activations, engines):
+    """engines: {name: model}, ours first. All get the same random tokens."""
     rounds = 3 if harness.quick else 9
     tokens = shapes.rng().integers(0, 16384, LONG_CONTEXT + (rounds + 1) * BURST).tolist()
     prompt, chunks = tokens[:PROMPT_TOKENS], range(0, LONG_CONTEXT, PROMPT_TOKENS)
@@ -105,19 +106,25 @@ def take_turns(harness, activations, *engines):
         ("decode after 0", 1, decode_from_empty),
         (f"decode after {LONG_CONTEXT}", 1, decode),
     ):
-        calls = [[], []]
+        calls = {name: [] for name in engines}
         for turn in range(rounds + 1):
-            for engine, measured in zip(engines, calls, strict=True):
+            for name, engine in engines.items():
                 time.sleep(SPINNING)
                 new = run(engine, turn)
-                measured += new if turn else []
-        ours, theirs = ([seconds for seconds, _ in engine] for engine in calls)
-        ratio = statistics.median(theirs) / statistics.median(ours)
-        cosine = statistics.median(cosine_of(a, b) for (_, a), (_, b) in zip(*calls, strict=True))
-        case = f"small {what} {activations}"
-        harness.report("generate", case, ours, tokens=per_call)
+                calls[name] += new if turn else []
+        report(harness, f"small {what} {activations}", per_call, *calls.items())
+
+
+def report(harness, case, tokens, ours, *others):
+    """Lines of measured calls, each (name, [(seconds, logits)])."""
+    ours_seconds, ours_logits = zip(*ours[1], strict=True)
+    harness.report("generate", case, ours_seconds, tokens=tokens)
+    for name, calls in others:
+        seconds, logits = zip(*calls, strict=True)
+        ratio = statistics.median(seconds) / statistics.median(ours_seconds)
+        cosine = statistics.median(map(cosine_of, ours_logits, logits))
         note = f"ours {ratio:.2f}x, cosine of logits {cosine:.4f}"
-        harness.report("generate", case, theirs, tokens=per_call, engine="ik_llama.cpp", note=note)
+        harness.report("generate", case, seconds, tokens=tokens, engine=name, note=note)
 
 
 def timed(engine, token_ids):

@@ -30,7 +30,7 @@ def run(harness, rng, case):
         bytes_moved=read * width * cache.itemsize + q.nbytes + q.nbytes // width * C,
         operations=2 * pairs * N * (width + C),
         baseline=lambda: numpy_mla_decode(q, cache, page_table),
-        cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == 1 else None,
+        cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == Q == 1 else None,
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from kimi_native import ops
 
-from bench import baseline, peers, shapes
+from bench import baseline, cpu_peers, peers, shapes
 
 
 def bench(harness):
@@ -29,6 +29,7 @@ def run(harness, rng, case):
         operations=2 * pairs * N * (Dn + R + Dv),
         baseline=lambda: numpy_mla_prefill(q, kv, k_pe, case.cached),
         peers=None if case.cached else lambda: peers.mla_prefill(q, kv, k_pe, B, Dn + R, shapes.SOFTMAX_SCALE),
+        cpu_peers=lambda: cpu_peers.mla_prefill(q, kv, k_pe, Dv, shapes.SOFTMAX_SCALE),
     )
 
 

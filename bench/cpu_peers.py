@@ -3,11 +3,14 @@
 Each function returns {name: call}; a call returns its result, which the harness compares with ours.
 """
 
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from bench import ggml, kt_experts
+from bench.expert_graph import experts
 
-PACKAGES = ("ik-llama-cpp-python", "onnxruntime", "kt-kernel")
+PACKAGES = ("ik-llama-cpp-python", "llama-cpp-python", "onnxruntime", "openvino", "torch", "kt-kernel")
 ONNX_ACCURACY = {"onnxruntime i8": 4, "onnxruntime f32": 1}
 
 
@@ -22,24 +25,27 @@ def _version(name: str) -> str | None:
         return None
 
 
-def onnx_experts():
-    """bench.onnx_experts, or None."""
+@cache
+def module(name: str):
+    """bench.<name>, or None where a package that it imports is not installed."""
     try:
-        from bench import onnx_experts
-    except ImportError:
+        return import_module(f"bench.{name}")
+    except ModuleNotFoundError:
         return None
-    return onnx_experts
 
 
-def ik_model():
-    """bench.ik_model, or None without ik_llama.cpp or gguf, which writes its file."""
-    try:
-        import gguf  # noqa: F401
+def ggml_engines() -> list[str]:
+    return [engine for engine in ggml.EXPERTS if ggml.library(engine)]
 
-        from bench import ik_model
-    except ImportError:
-        return None
-    return ik_model
+
+def int4_graphs(x) -> dict:
+    """{name: an empty graph for float32 x [T, width]}"""
+    found = {}
+    if module("onnx_graph"):
+        found |= {name: module("onnx_graph").Graph(accuracy) for name, accuracy in ONNX_ACCURACY.items()}
+    if module("openvino_graph"):
+        found["openvino f32"] = module("openvino_graph").Graph(*x.shape)
+    return found
 
 
 class Experts:
@@ -47,30 +53,53 @@ class Experts:
 
     def __init__(self, arrays):
         """arrays: of each expert gate, up and down, each (packed, scale)."""
-        self._arrays, self._ik, self._kt = arrays, None, None
+        self._arrays, self._placed = arrays, {}
 
     def calls(self, x, topk_weights, topk_ids, activations: str):
         """Those to compare ours with: float32 with exact ones, int8 with int8, int16 with those and bf16."""
-        case, found = (x, topk_weights, topk_ids), {}
-        if ggml.library() and activations != "float32":
-            self._ik = self._ik or ggml.Experts(self._arrays)
-            found["ik_llama.cpp"] = self._ik.call(*case)
-        if onnx_experts():
-            name = "onnxruntime f32" if activations == "float32" else "onnxruntime i8"
-            found[name] = onnx_experts().experts(*case, self._arrays, ONNX_ACCURACY[name])
-        if kt_experts.extension() and activations == "int16" and len(x) <= kt_experts.MAX_TOKENS:
-            self._kt = self._kt or kt_experts.Experts(self._arrays, topk_ids.shape[1])
-            found["kt-kernel bf16"] = self._kt.call(*case)
+        case = x, topk_weights, topk_ids
+        makers = {}
+        if activations != "float32":
+            makers |= {engine: ggml.EXPERTS[engine] for engine in ggml_engines()}
+        if activations == "int16" and module("torch_ops"):
+            makers["torch bf16"] = module("torch_ops").Experts
+        if activations == "int16" and kt_experts.extension() and len(x) <= kt_experts.MAX_TOKENS:
+            makers["kt-kernel bf16"] = lambda arrays: kt_experts.Experts(arrays, topk_ids.shape[1])
+        found = {}
+        for name, make in makers.items():
+            if name not in self._placed:
+                self._placed[name] = make(self._arrays)
+            found[name] = self._placed[name].call(*case)
+        for name, graph in int4_graphs(x).items():
+            if name.endswith(" f32") == (activations == "float32"):
+                found[name] = experts(graph, *case, self._arrays)
         return found
 
 
-def gemm_int4(x, packed, scale):
-    if not onnx_experts():
+def gemm(x, weight):
+    torch_ops = module("torch_ops")
+    if not torch_ops:
         return {}
-    return {name: onnx_experts().gemm_int4(x, packed, scale, level) for name, level in ONNX_ACCURACY.items()}
+    found = {"torch bf16": torch_ops.gemm_bf16(x, weight)}
+    if len(x) > 1:  # one token reads float32 weights in twice the time
+        found["torch f32"] = torch_ops.gemm_f32(x, weight)
+    return found
+
+
+def gemm_int4(x, packed, scale):
+    found = {name: graph.call(x, graph.product(graph.x, packed, scale)) for name, graph in int4_graphs(x).items()}
+    if module("torch_ops"):
+        found["torch bf16"] = module("torch_ops").gemm_int4(x, packed, scale)
+    return found
 
 
 def mla_decode(q, cache, page_table, value_width, scale):
     """q: float32 [1, 1, N, C + R]; the pages of the one sequence are all full."""
     rows = cache[page_table[0]].reshape(-1, cache.shape[-1])
-    return {"ik_llama.cpp": ggml.mla_decode(q[0, 0], rows, value_width, scale)} if ggml.library() else {}
+    return {engine: ggml.mla_decode(engine, q[0, 0], rows, value_width, scale) for engine in ggml_engines()}
+
+
+def mla_prefill(q, kv, k_pe, value_width, scale):
+    """q: float32 [T, N, D], the last tokens of one sequence; kv: [S, N, Dn + Dv], k_pe: [S, R]."""
+    torch_ops = module("torch_ops")
+    return {"torch f32": torch_ops.mla_prefill(q, kv, k_pe, value_width, scale)} if torch_ops else {}

@@ -18,7 +18,7 @@ from kimi_native.ops import _array
 
 from bench import peers as peers_module
 from bench.arrays import Gpu
-from bench.harness import commit, rate_text, spread, time_text
+from bench.harness import commit, enough, measured, rate_text, time_text
 from bench.roofline import GpuRoof
 
 COLUMNS = "{:24}{:36}{:>10} {:>6} {:>10}  {:32}{:>8}{:>8}  {}"
@@ -127,20 +127,11 @@ class GpuHarness:
         peers: median seconds of each or what became of it.
         """
         median = statistics.median(seconds)
-        line = {
-            "op": op,
-            "case": case,
-            "median_seconds": median,
-            "spread": spread(seconds),
+        line = measured(op, case, seconds, bytes_moved, operations, tokens, note) | {
             "chained_seconds": chained,
-            "bytes_per_second": bytes_moved / median or None,
-            "operations_per_second": operations / median or None,
-            "tokens_per_second": tokens / median or None,
             "of_copy": bytes_moved / median / self.roof.copy or None,
             "of_bf16": operations / median / self.roof.bf16 or None,
             "peers": peers or {},
-            "note": note or None,
-            "seconds": seconds,
         }
         print(json.dumps(line) if self.json_lines else self._row(line), flush=True)
 
@@ -228,7 +219,7 @@ class GpuHarness:
         least, most, budget = (3, 8, 0.03) if self.quick else (5, 30, 0.1)
         start, stop = (self.cupy.cuda.Event() for _ in range(2))
         seconds = []
-        while len(seconds) < least or (sum(seconds) < budget and len(seconds) < most):
+        while not enough(seconds, least, budget, most):
             if evict:
                 self._cache.max(out=self._sink)
             start.record(self.stream)

@@ -130,37 +130,21 @@ class Harness:
         """
         median, isa = statistics.median(seconds), engine or ops.isa()
         before = self.before.get((op, case, isa))
-        line = {
-            "op": op,
-            "case": case,
+        line = measured(op, case, seconds, bytes_moved, operations, tokens, note) | {
             "isa": isa,
             "threads": ops.num_threads(),
-            "median_seconds": median,
-            "spread": spread(seconds),
-            "bytes_per_second": bytes_moved / median or None,
-            "operations_per_second": operations / median or None,
-            "tokens_per_second": tokens / median or None,
             "of_roof": self.roof.seconds(bytes_moved, operations) / median or None,
             "vs_baseline": statistics.median(baseline_seconds) / median if baseline_seconds else None,
             "vs_before": before / median if before else None,
-            "note": note or None,
-            "seconds": seconds,
         }
         print(json.dumps(line) if self.json_lines else self._row(line), flush=True)
 
     def _alternate(self, calls, least: int, budget: float, most: int = 100) -> list[list[float]]:
-        """Seconds of each call, in turns: `least` of them, then more until their sum reaches the budget. A call that
-        takes ten times the budget is not repeated.
-        """
-
-        def enough(seconds):
-            total = sum(seconds)
-            return len(seconds) == most or total >= budget and (len(seconds) >= least or total >= 10 * budget)
-
-        measured = [[] for _ in calls]
-        while not all(map(enough, measured)):
-            for call, seconds in zip(calls, measured, strict=True):
-                if enough(seconds):
+        """Seconds of each call, in turns, until all have enough of them."""
+        results = [[] for _ in calls]
+        while not all(enough(seconds, least, budget, most) for seconds in results):
+            for call, seconds in zip(calls, results, strict=True):
+                if enough(seconds, least, budget, most):
                     continue
                 if len(calls) > 1:
                     time.sleep(SPINNING)
@@ -169,7 +153,7 @@ class Harness:
                 started = time.perf_counter()
                 call()
                 seconds.append(time.perf_counter() - started)
-        return measured
+        return results
 
     def _row(self, line: dict) -> str:
         gb, gflop, tokens = (line[f"{unit}_per_second"] or 0.0 for unit in ("bytes", "operations", "tokens"))
@@ -188,6 +172,30 @@ class Harness:
             f"{line['of_roof']:.0%}" if line["of_roof"] else "-",
             ", ".join(filter(None, remarks)) or "-",
         )
+
+
+def enough(seconds: list[float], least: int, budget: float, most: int) -> bool:
+    """Whether a call was repeated often enough: `least` times and then until the sum reaches the budget, at most `most`
+    times. One that takes ten times the budget is not repeated.
+    """
+    total = sum(seconds)
+    return len(seconds) == most or total >= budget and (len(seconds) >= least or total >= 10 * budget)
+
+
+def measured(op: str, case: str, seconds, bytes_moved: float, operations: float, tokens: int, note: str) -> dict:
+    """What a line has on every device."""
+    median = statistics.median(seconds)
+    return {
+        "op": op,
+        "case": case,
+        "median_seconds": median,
+        "spread": spread(seconds),
+        "bytes_per_second": bytes_moved / median or None,
+        "operations_per_second": operations / median or None,
+        "tokens_per_second": tokens / median or None,
+        "note": note or None,
+        "seconds": seconds,
+    }
 
 
 def relative_error(result, expected) -> float:

@@ -1,5 +1,6 @@
 """The benchmarks without a GPU: arguments, case lists, counted bytes and operations, and how a GPU would be timed."""
 
+import ctypes
 import importlib
 import json
 import math
@@ -12,9 +13,26 @@ import numpy as np
 import pytest
 import reference
 from arrays import BF16
+from kimi_native import ops
 
 from bench import __main__ as command
-from bench import arrays, baseline, cpu_peers, ggml, gpu, harness, peers, plot, results, results_page, roofline, shapes
+from bench import (
+    arrays,
+    baseline,
+    bench_generate,
+    cpu_peers,
+    expert_graph,
+    ggml,
+    gguf_models,
+    gpu,
+    harness,
+    peers,
+    plot,
+    results,
+    results_page,
+    roofline,
+    shapes,
+)
 from bench.bench_mla_decode import tokens_and_pairs
 
 TIMED_OPS = [name for name in command.NAMES if name != "generate"]
@@ -435,21 +453,174 @@ def test_blocks_of_q4_0():
     assert np.array_equal(values.reshape(3, 64), baseline.dequantize_int4(packed, scale))
 
 
-def test_experts_of_the_peers():
-    """Each peer that is installed computes the layer that ours computes."""
+@pytest.fixture
+def layer():
+    """(matrices of each expert, (x, weights, ids), the layer's output in float64)"""
     rng, shape = shapes.rng(), (64, 256)
-    layer = [[shapes.random_int4(rng, *s) for s in (shape, shape, shape[::-1])] for _ in range(4)]
+    arrays = [[shapes.random_int4(rng, *s) for s in (shape, shape, shape[::-1])] for _ in range(4)]
     x, ids = shapes.random_f32(rng, 5, 256), shapes.random_ids(rng, 5, 4)[:, :2].copy()
     weights = rng.random(ids.shape, np.float32)
     expected = np.zeros((5, 256))
     for t, k in np.ndindex(ids.shape):
-        gate, up, down = (baseline.dequantize_int4(*matrix).astype(np.float64) for matrix in layer[ids[t, k]])
+        gate, up, down = (baseline.dequantize_int4(*matrix).astype(np.float64) for matrix in arrays[ids[t, k]])
         gated = gate @ x[t]
         expected[t] += weights[t, k] * (down @ (gated / (1 + np.exp(-gated)) * (up @ x[t])))
-    experts = cpu_peers.Experts(layer)
+    return arrays, (x, weights, ids), expected
+
+
+def test_experts_of_the_peers(layer):
+    """Each peer that is installed computes the layer that ours computes."""
+    arrays, case, expected = layer
+    experts = cpu_peers.Experts(arrays)
     for activations, limit in {"float32": 1e-5, "int16": 2e-2}.items():
-        for name, call in experts.calls(x, weights, ids, activations).items():
+        for name, call in experts.calls(*case, activations).items():
             assert harness.relative_error(call(), expected) < limit, name
+
+
+def test_graph_of_experts(layer):
+    """With NumPy's operators in the place of onnxruntime's and OpenVINO's, which compute at once."""
+    arrays, (x, weights, ids), expected = layer
+    graph = SimpleNamespace(
+        x=x,
+        constant=lambda array: array,
+        product=baseline.gemm_int4,
+        rows=lambda x, indices: x[indices],
+        mul=np.multiply,
+        silu=lambda x: x / (1 + np.exp(-x)),
+        concat=np.concatenate,
+        sum=lambda x: x.sum(axis=1),
+        call=lambda x, result: lambda: result,
+    )
+    assert harness.relative_error(expert_graph.experts(graph, x, weights, ids, arrays)(), expected) < 1e-6
+
+
+def test_matrices_of_the_peers():
+    """Each peer that is installed multiplies and attends as ours does."""
+    rng, make = shapes.rng(), arrays.Host()
+    x, weight, int4 = make.normal(rng, 3, 256), make.bf16(rng, 64, 256), make.int4(rng, 64, 256)
+    q, kv, k_pe = make.normal(rng, 3, 2, 192), make.normal(rng, 5, 2, 256), make.normal(rng, 5, 64)
+    cache, pages = make.bf16(rng, 1, 64, 576), np.zeros((1, 1), np.int32)
+    ends = [np.array(values, np.int32) for values in ((0, 3), (0, 5), (2,))]
+    scale = shapes.SOFTMAX_SCALE
+    heads = make.normal(rng, 1, 1, 64, 576)
+    for calls, expected in (
+        (cpu_peers.gemm(x, weight), baseline.gemm(x, weight)),
+        (cpu_peers.gemm_int4(x, *int4), baseline.gemm_int4(x, *int4)),
+        (cpu_peers.mla_prefill(q, kv, k_pe, 128, scale), ops.mla_prefill(q, kv, k_pe, *ends, scale)),
+        (
+            cpu_peers.mla_decode(heads, cache, pages, 512, scale),
+            ops.mla_decode(heads, cache, pages, np.array([64], np.int32), 512, scale),
+        ),
+    ):
+        for name, call in calls.items():
+            result = call()
+            assert harness.relative_error(result, expected.reshape(result.shape)) < 2e-2, name
+
+
+def test_peers_that_are_not_installed(layer, monkeypatch):
+    monkeypatch.setattr(cpu_peers, "module", lambda name: None)
+    monkeypatch.setattr(ggml, "library", lambda engine: None)
+    monkeypatch.setattr(cpu_peers.kt_experts, "extension", lambda: None)
+    arrays, (x, weights, ids), _ = layer
+    assert cpu_peers.Experts(arrays).calls(x, weights, ids, "int16") == {}
+    assert cpu_peers.gemm(x, None) == cpu_peers.gemm_int4(x, None, None) == {}
+    assert cpu_peers.mla_prefill(x, None, None, 128, 1.0) == {}
+    assert cpu_peers.mla_decode(x, np.zeros((1, 1, 1)), np.zeros((1, 1), np.int32), 1, 1.0) == {}
+
+
+def test_a_module_that_lacks_its_package(monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(cpu_peers, "import_module", absent)
+    assert cpu_peers.module("of an absent package") is None
+
+
+class FakeLlama:
+    """As much of llama.cpp's interface as bench.gguf_models asks for: the logits are the positions in the batch."""
+
+    class Params(ctypes.Structure):
+        names = "use_mmap", "use_extra_bufts", "n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"
+        _fields_ = [(name, ctypes.c_int) for name in (*names, "flash_attn_type")]
+
+    llama_model_default_params = llama_context_default_params = Params
+
+    def __init__(self):
+        self.loaded, self.cleared = [], 0
+
+    def llama_batch_init(self, size, embeddings, sequences):
+        names = "token", "pos", "n_seq_id", "logits"
+        return SimpleNamespace(**{name: [None] * size for name in names}, seq_id=[[None] for _ in range(size)])
+
+    def llama_backend_init(self):
+        pass
+
+    def llama_model_load_from_file(self, file, params):
+        self.loaded.append((file, params.use_mmap, params.use_extra_bufts))
+        return file != b"broken.gguf"
+
+    def llama_model_get_vocab(self, model):
+        return "vocabulary"
+
+    def llama_vocab_n_tokens(self, vocab):
+        return 4
+
+    def llama_init_from_model(self, model, params):
+        return params
+
+    def llama_get_memory(self, context):
+        return context
+
+    def llama_memory_clear(self, memory, data):
+        self.cleared += 1
+
+    def llama_decode(self, context, batch):
+        self.positions, last = batch.pos[: batch.n_tokens], batch.logits[: batch.n_tokens]
+        assert last == [False] * (batch.n_tokens - 1) + [True]
+        return 0
+
+    def llama_get_logits_ith(self, context, i):
+        assert i == len(self.positions) - 1
+        return (ctypes.c_float * 4)(*self.positions, *[0.0] * (4 - len(self.positions)))
+
+
+def test_model_of_llama_cpp(monkeypatch):
+    fake = FakeLlama()
+    monkeypatch.setattr(gguf_models, "import_module", lambda name: fake)
+    model = gguf_models.LlamaModel("a.gguf", 100)
+    assert fake.loaded == [(b"a.gguf", 0, 1)] and model._context.n_ctx == 100 and model._context.flash_attn_type == 1
+    assert model.forward([5, 6, 7]).tolist() == [0, 1, 2, 0] and model.forward([8]).tolist() == [3, 0, 0, 0]
+    model.clear()
+    assert fake.cleared == 1 and model.forward([5]).tolist() == [0, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="broken.gguf: llama.cpp cannot load it"):
+        gguf_models.LlamaModel("broken.gguf", 100)
+    with pytest.raises(AssertionError, match="Params has no mla"):
+        gguf_models.IkModel("a.gguf", 100)
+
+
+def test_models_in_turns(cpu, monkeypatch, capsys):
+    """Every engine sees the same calls, and each has its line; the first round is not counted."""
+
+    class Engine:
+        def __init__(self, angle):
+            self.logits, self.calls = np.array([math.cos(angle), math.sin(angle)]), []
+
+        def clear(self):
+            self.calls.append("clear")
+
+        def forward(self, token_ids):
+            self.calls.append(tuple(token_ids))
+            return self.logits
+
+    monkeypatch.setattr(bench_generate, "SPINNING", 0)
+    engines = {"ours": Engine(0.0), "other": Engine(math.pi / 3), "third": Engine(math.pi / 2)}
+    bench_generate.take_turns(cpu(json_lines=True), "int8", engines)
+    assert engines["ours"].calls == engines["other"].calls == engines["third"].calls
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [line["isa"] for line in lines] == [harness.ops.isa(), "other", "third"] * 3
+    assert [len(line["seconds"]) for line in lines[::3]] == [3, 3 * bench_generate.BURST, 3 * bench_generate.BURST]
+    cosines = [line["note"].split(" ")[-1] for line in lines if line["note"]]
+    assert cosines == ["0.5000", "0.0000"] * 3
 
 
 def test_list(monkeypatch, capsys):

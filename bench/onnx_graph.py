@@ -1,7 +1,6 @@
-"""Routed experts and a product by onnxruntime's MatMulNBits, whose layout of 4-bit weights is the published one.
+"""Graphs for onnxruntime, whose MatMulNBits takes 4-bit weights in the published layout.
 
-accuracy 4 rounds activations to int8 per 32 inputs, accuracy 1 leaves them float32. A graph is made for the routing of
-one case, so that no row is computed in vain.
+accuracy 4 rounds activations to int8 per 32 inputs, accuracy 1 leaves them float32.
 """
 
 import numpy as np
@@ -15,6 +14,8 @@ GROUP = 32
 class Graph:
     """Nodes, and weights that stay in their arrays but for scales, which become float32."""
 
+    x = "x"
+
     def __init__(self, accuracy: int):
         self.accuracy, self._nodes, self._initializers, self._values = accuracy, [], [], {}
 
@@ -27,7 +28,7 @@ class Graph:
         self._values[name] = array
         return name
 
-    def op(self, kind: str, *inputs: str, **attributes) -> str:
+    def _op(self, kind: str, *inputs: str, **attributes) -> str:
         output = f"{kind} {len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
@@ -36,11 +37,27 @@ class Graph:
         (n_out, groups), blocks = scale.shape, self.constant(packed.view(np.uint8).reshape(*scale.shape, GROUP // 2))
         shape = {"K": groups * GROUP, "N": n_out, "bits": 4, "block_size": GROUP, "accuracy_level": self.accuracy}
         scales = self.constant(scale.astype(np.float32))
-        return self.op("MatMulNBits", x, blocks, scales, domain="com.microsoft", **shape)
+        return self._op("MatMulNBits", x, blocks, scales, domain="com.microsoft", **shape)
+
+    def rows(self, x: str, indices) -> str:
+        return self._op("Gather", x, self.constant(indices), axis=0)
+
+    def mul(self, a: str, b: str) -> str:
+        return self._op("Mul", a, b)
+
+    def silu(self, x: str) -> str:
+        return self._op("Mul", x, self._op("Sigmoid", x))
+
+    def concat(self, parts) -> str:
+        return self._op("Concat", *parts, axis=0)
+
+    def sum(self, x: str) -> str:
+        """Over the second axis."""
+        return self._op("ReduceSum", x, self.constant(np.array([1])), keepdims=0)
 
     def call(self, x, result: str):
-        """A function that computes `result` from the input "x" and returns it."""
-        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", result)]
+        """A function that computes `result` from x and returns it."""
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (self.x, result)]
         graph = helper.make_graph(self._nodes, "case", ends[:1], ends[1:], self._initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         options = SessionOptions()
@@ -50,31 +67,4 @@ class Graph:
         options.add_external_initializers(list(self._values), values)
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
         session = InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return lambda keep=self: session.run([result], {"x": x})[0]
-
-
-def gemm_int4(x, packed, scale, accuracy: int):
-    graph = Graph(accuracy)
-    return graph.call(x, graph.product("x", packed, scale))
-
-
-def experts(x, topk_weights, topk_ids, arrays, accuracy: int):
-    """arrays: of each expert gate, up and down, each (packed, scale)."""
-    graph, (T, K) = Graph(accuracy), topk_ids.shape
-    order = topk_ids.ravel().argsort(kind="stable")
-    parts = []
-    for e in np.unique(topk_ids):
-        gate, up, down = arrays[e]
-        rows = graph.op("Gather", "x", graph.constant(order[topk_ids.ravel()[order] == e] // K), axis=0)
-        gated = graph.product(rows, *gate)
-        hidden = graph.op("Mul", graph.op("Mul", gated, graph.op("Sigmoid", gated)), graph.product(rows, *up))
-        parts.append(graph.product(hidden, *down))
-    inverse = order.argsort().reshape(T, K)
-    sorted_rows = graph.op("Concat", *parts, axis=0)  # [T K, H]
-    weighted = graph.op(
-        "Mul",
-        graph.op("Gather", sorted_rows, graph.constant(inverse), axis=0),
-        graph.constant(topk_weights[:, :, None]),
-    )
-    summed = graph.op("ReduceSum", weighted, graph.constant(np.array([1])), keepdims=0)
-    return graph.call(x, summed)
+        return lambda keep=self: session.run([result], {self.x: x})[0]
