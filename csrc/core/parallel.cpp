@@ -21,8 +21,9 @@ void relax() {
 #endif
 }
 
-// Long enough to bridge the gap between two regions of one layer, short enough not to burn a shared core.
-constexpr auto kSpin = std::chrono::microseconds(30);
+// Long enough to bridge the gap between two regions of one layer, a few small ops and the Python around them; short
+// enough not to burn a shared core.
+constexpr auto kSpin = std::chrono::microseconds(50);
 
 template <class Ready>
 bool spin_until(Ready ready) {
