@@ -129,8 +129,7 @@ def test_full_size_loads(full_size):
     assert not model.embed_tokens[[0, 163839]].any()
     kinds = [type(layer.mlp).__name__ for layer in model.layers]
     assert kinds == ["DenseMLP"] + ["MoE"] * 60
-    assert model.layers[60].self_attn.w_uk.shape == (64, 128, 512)
-    assert model.layers[60].self_attn.w_uv.shape == (64, 128, 512)
+    assert model.layers[60].self_attn.kv_b_proj.shape == (64 * 256, 512)
     cache = model.new_cache(262144)
     assert cache.pool.bytes_per_token == 70_272
     assert cache.pool.pages.nbytes == 18_421_383_168
