@@ -809,6 +809,27 @@ def test_frames_that_are_too_large(monkeypatch):
         PROCESSOR.video(MP4)
 
 
+def test_frames_that_grow(monkeypatch):
+    """A VP9 stream of 64x48 that goes on with 640x480, which its header does not say."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        stream, time = None, 0
+        for height, width in ((48, 64), (480, 640)):
+            data = movie(numbered(2, height, width), "webm", "libvpx-vp9", "yuv420p")
+            with av.open(io.BytesIO(data)) as part:
+                stream = stream or container.add_stream_from_template(part.streams.video[0])
+                for packet in part.demux(video=0):
+                    if packet.size:
+                        packet.stream, packet.pts, packet.dts = stream, time, time
+                        time += 500
+                        container.mux(packet)
+    with pytest.raises(MediaError, match=r"frame 2 is \(640, 480\), expected \(64, 48\)"):
+        PROCESSOR.video(file.getvalue())
+    monkeypatch.setattr(media, "MAX_FRAME_PIXELS", 64 * 48)
+    with pytest.raises(MediaError, match="cannot be read"):  # before there is a frame
+        PROCESSOR.video(file.getvalue())
+
+
 def test_without_pyav(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MediaError, match=r"bytes: a video needs PyAV, expected: pip install 'kimi-native\[video\]'"):
