@@ -88,7 +88,7 @@ PTX_FN int tile_at(int row, int eight) { return row * kRowBytes + eight * 16; }
 // Rows past `rows` and columns past D become zero: a weight of 0 times what lies there must be 0.
 template <int Rows>
 PTX_FN void load_tile(unsigned char* tile, const bf16* from, int64_t stride, int rows, int D) {
-#pragma unroll
+#pragma unroll 1  // its addresses would take registers throughout the kernel
   for (int i = threadIdx.x; i < Rows * kEights; i += kThreads) {
     const int row = i / kEights, eight = i % kEights;
     const bool there = row < rows && eight * 8 < D;
