@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, CSRC = ROOT / "python" / "kimi_native", ROOT / "csrc"
 
 # Leaves may be imported from anywhere and import leaves only.
-LEAVES = {"checkpoint", "chat", "config", "info", "make_tiny", "tokenizer", "tool_schema"}
+LEAVES = {"checkpoint", "chat", "config", "info", "make_tiny", "media", "tokenizer", "tool_schema"}
 LEAVES |= {"tiny_bpe", "tiny_config"}  # parts of make_tiny
 
 # module -> what it may import beside leaves; also what those may import, except _C
