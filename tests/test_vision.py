@@ -103,11 +103,12 @@ def test_items_do_not_see_each_other(model):
     assert model.encode([]) == []
 
 
-def test_groups_and_pieces_leave_the_bits(model, monkeypatch):
+def test_groups_of_items_rows_and_heads_leave_the_bits(model, monkeypatch):
     items = [item for item in ITEMS if len(item.patches) > 8]
     whole, calls = model.encode(items), []
     monkeypatch.setattr(vision, "GROUP", 256)
     monkeypatch.setattr(model, "rows", 19)
+    monkeypatch.setattr(model, "heads", 2)
     pieces = model.encode(items, lambda *progress: calls.append(progress))
     assert all(map(same_bits, pieces, whole))
     depth, patches = len(model.blocks), sum(len(item.patches) for item in items)
