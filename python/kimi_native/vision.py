@@ -57,8 +57,7 @@ class LayerNorm:
 class Step:
     """What all blocks share, for the items of a group one after the other."""
 
-    heads: int  # n, of which queries, keys and values are there together
-    qkv: Any  # activations [T, 3, n D], scratch
+    qkv: Any  # activations [T, 3, n D], scratch: of n heads at a time
     attended: Any  # activations [T, H], scratch
     rotation: tuple  # cos and sin, float32 [T, D / 2], and int32 [T], rows of these
     cu_seqlens: Any  # int32 [items + 1]
@@ -80,7 +79,8 @@ class Block:
 
     def forward(self, x, step: Step) -> None:
         """x: float32 [T, H], the residual stream, updated in place."""
-        (T, H), n, D = x.shape, step.heads, x.shape[1] // self.heads
+        (T, H), D = x.shape, x.shape[1] // self.heads
+        n = step.qkv.shape[2] // D
         weight, bias = self.wqkv.weight.reshape(3, -1, n * D, H), self.wqkv.bias.reshape(3, -1, n * D)
         qkv = step.qkv.reshape(T, 3 * n, D)
         for some in range(self.heads // n):
@@ -200,7 +200,6 @@ class VisionModel:
         tables = np.concatenate([_rotation(*item.grid, H // N) for item in items], axis=1)
         rotation = put(tables[0]), put(tables[1]), put(np.arange(T, dtype=np.int32))
         step = Step(
-            heads=self.heads,
             qkv=empty(x, T, 3, H // N * self.heads, dtype=self.dtype),
             attended=empty(x, T, H, dtype=self.dtype),
             rotation=rotation,
