@@ -78,12 +78,14 @@ SAMPLING += [
 ]
 HELP = {
     (): ["generate", "chat", "info", "make-tiny", "kimi-native make-tiny tiny"],
-    ("generate",): ["--model", "--raw", "--system", *SAMPLING, "prompt"],
+    ("generate",): ["--model", "--image", "--video", "--raw", "--system", *SAMPLING, "prompt"],
     ("chat",): [
         "--model",
         "--context",
         "--system",
         *SAMPLING,
+        "/image PATH",
+        "/video PATH",
         "/clear",
         "/think",
         "/instant",
@@ -123,7 +125,7 @@ def test_generate(run, model, folder):
     status, out, err = run("generate", "--model", folder, "Hello", "--max-new-tokens", 30, "--seed", 3)
     assert status == 0
     assert out == kn.generate(model, "Hello", 30, seed=3, temperature=1.0, top_p=0.95) + "\n"
-    prompt = len(encode_prompt(model, "Hello"))
+    prompt = len(encode_prompt(model, "Hello").token_ids)
     assert re.search(rf"prompt {prompt} tokens, [\d.]+ tokens/s \| output \d+ tokens, [\d.]+ tokens/s", err)
 
 
@@ -166,7 +168,7 @@ def test_generate_options_reach_the_sampler(run, folder, monkeypatch):
     model = seen.pop("model")
     assert model.cache_dtype == "float32" and model.lm_head.parts[0][0] is ops.gemm_int8
     assert model.layers[-1].mlp.activations == "float32"
-    assert callable(seen.pop("progress"))
+    assert callable(seen.pop("progress")) and callable(seen.pop("media_progress"))
     assert seen.pop("stats").output_tokens == 0
     assert seen == {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
@@ -363,7 +365,7 @@ def talk(run, folder, *lines, options=()):
 def expected_reply(model, messages, thinking=True):
     """(prompt length, message) of the greedy reply."""
     reply = kn.generate(model, messages, 20, thinking=thinking, temperature=0.0)
-    return len(encode_prompt(model, messages, thinking=thinking)), chat.parse_reply(reply, thinking=thinking)
+    return len(encode_prompt(model, messages, thinking=thinking).token_ids), chat.parse_reply(reply, thinking=thinking)
 
 
 def shown(reply):
