@@ -36,17 +36,15 @@ def find_spans(token_ids, placeholder: int | None, media: Sequence) -> list[Span
     sizes = [item.tokens if isinstance(item, MediaItem) else len(item) for item in media]
     if len(at) != sum(sizes):
         raise ValueError(
-            f"token_ids has {len(at)} media placeholders (id {placeholder}), expected {sum(sizes)}, one for each row of "
-            f"{len(sizes)} media items"
+            f"token_ids has {len(at)} media placeholders (id {placeholder}), expected {sum(sizes)}, one for each row "
+            f"of {len(sizes)} media items"
         )
     spans, begin = [], 0
     for index, (item, size) in enumerate(zip(media, sizes, strict=True)):
         mine = at[begin : begin + size]
         together = int(np.argmax(np.append(np.diff(mine) != 1, True))) + 1
         if together != size:
-            raise ValueError(
-                f"media[{index}] has {size} rows, token_ids has {together} placeholders without a gap for it"
-            )
+            raise ValueError(f"media[{index}] has {size} rows, token_ids has {together} placeholders in a row for it")
         spans.append(Span(int(mine[0]), int(mine[-1]) + 1, item))
         begin += size
     return spans
