@@ -55,6 +55,17 @@ def rms_norm(x, weight, eps):
     return x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + eps) * weight.astype(np.float32)
 
 
+def layer_norm(x, weight, bias, eps):
+    x = x - x.mean(axis=1, keepdims=True)
+    x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True) + eps)
+    return x * weight.astype(np.float32) + bias.astype(np.float32)
+
+
+def gelu_tanh(x, bias):
+    x = x + bias.astype(np.float32)
+    return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)))
+
+
 def softmax(scores):
     """Over the last axis; overwrites its argument."""
     scores -= scores.max(axis=-1, keepdims=True)

@@ -103,3 +103,9 @@ def mla_prefill(q, kv, k_pe, value_width, scale):
     """q: float32 [T, N, D], the last tokens of one sequence; kv: [S, N, Dn + Dv], k_pe: [S, R]."""
     torch_ops = module("torch_ops")
     return {"torch f32": torch_ops.mla_prefill(q, kv, k_pe, value_width, scale)} if torch_ops else {}
+
+
+def attention(q, k, v, B, scale):
+    """q, k, v: float32 [B T, N, D] of B sequences of one length."""
+    torch_ops = module("torch_ops")
+    return {"torch f32": torch_ops.attention(q, k, v, B, scale)} if torch_ops else {}

@@ -101,6 +101,20 @@ def rms_norm(x, weight, eps):
     return {"torch": TorchCall(lambda: torch().nn.functional.rms_norm(x, weight.shape, weight, eps))}
 
 
+def layer_norm(x, weight, bias, eps):
+    if not torch():
+        return {"torch": None}
+    x, weight, bias = tensor(x), tensor(weight), tensor(bias)
+    return {"torch": TorchCall(lambda: torch().nn.functional.layer_norm(x, weight.shape, weight, bias, eps))}
+
+
+def gelu(x, bias, tanh):
+    if not torch():
+        return {"torch": None}
+    x, bias, form = tensor(x), tensor(bias), "tanh" if tanh else "none"
+    return {"torch": TorchCall(lambda: torch().nn.functional.gelu(x + bias, approximate=form))}
+
+
 def silu_and_mul(x):
     if not torch():
         return {"torch": None}
@@ -125,6 +139,21 @@ def mla_prefill(q, kv, k_pe, B, key_dim, scale):
             torch().nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
     return {"cuDNN": TorchCall(attention)}
+
+
+def attention(q, k, v, B, scale):
+    """FlashAttention over B sequences of one length; q, k, v [B T, N, D]."""
+    if not torch():
+        return {"FlashAttention": None}
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (tensor(x).unflatten(0, (B, -1)).transpose(1, 2).contiguous() for x in (q, k, v))  # [B, N, T, D]
+
+    def call():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            torch().nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    return {"FlashAttention": TorchCall(call)}
 
 
 def grouped_gemm(x, weight, offsets):

@@ -1,4 +1,4 @@
-"""The published shapes of Kimi K2.5's text model, named, and random arrays in them.
+"""The published shapes of Kimi K2.5, named, and random arrays in them.
 
 Shape letters: T tokens, B sequences, S length, H hidden, I intermediate, N heads, C kv_lora_rank, R rope dim, E
 experts, K experts per token. Source: config.json of the checkpoint.
@@ -25,6 +25,10 @@ RMS_NORM_EPS = 1e-5
 VOCAB = 163840
 SOFTMAX_SCALE = QK_HEAD_DIM**-0.5
 PAGE_SIZE = 64  # tokens, as kimi_native.cache allocates them
+VISION_HIDDEN, VISION_INTERMEDIATE = 1152, 4304
+VISION_HEADS, VISION_HEAD_DIM = 16, 72
+PROJECTOR_WIDTH = 4 * VISION_HIDDEN
+LAYER_NORM_EPS = 1e-5
 INT4_GROUP = INT8_GROUP = 32
 
 # [out, in] of the bf16 matrices of a layer, of the router and of the head
@@ -198,6 +202,14 @@ PREFILL = Cases(
         for T, cached, B in ((4096, 0, 1), (2048, 0, 2), (16384, 0, 1), (4096, 32768, 1))
     ),
     quick=(Prefill(4096), Prefill(4096, 32768)),
+)
+
+_PATCHES = 256, 1656, 4144, 10764  # of 224 x 224, 640 x 480, 1024 x 768 and 1920 x 1080 pixels
+PATCHES = Cases((4144,), _PATCHES, (4144,))
+PICTURES = Cases(  # (how many, patches of each)
+    cpu=((1, 4144), (1, 10764), (16, 256)),
+    gpu=(*((1, T) for T in _PATCHES), (16, 256), (16, 4144)),
+    quick=((1, 4144),),
 )
 
 

@@ -88,3 +88,11 @@ def mla_prefill(q, kv, k_pe, value_width: int, scale: float):
     seen = {"is_causal": True} if S == T else {"attn_mask": torch.ones(T, S, dtype=torch.bool).tril(S - T)}
     attend = functional.scaled_dot_product_attention
     return lambda: attend(q, k, v, scale=scale, **seen)[0, :, :, :value_width].transpose(0, 1).numpy()
+
+
+def attention(q, k, v, B: int, scale: float):
+    """A function that returns the attention of B sequences of one length without a mask, [B T, N, D]."""
+    shape = q.shape
+    q, k, v = (torch.from_numpy(x).unflatten(0, (B, -1)).transpose(1, 2).contiguous() for x in (q, k, v))
+    attend = functional.scaled_dot_product_attention
+    return lambda: attend(q, k, v, scale=scale).transpose(1, 2).numpy().reshape(shape)

@@ -1,5 +1,6 @@
 """The oracles against published values and identities that do not use them."""
 
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -146,6 +147,20 @@ def test_rms_norm_gives_unit_rows(rng):
     assert np.allclose(reference.rms_norm(np.full((1, 3), 2.0), [1, 2, 3], 12.0), [[0.5, 1, 1.5]])
 
 
+def test_layer_norm_gives_rows_of_mean_0_and_variance_1(rng):
+    out = reference.layer_norm(7 * rng.standard_normal((4, 50)) + 3, np.ones(50), np.zeros(50), 0)
+    assert np.allclose(out.mean(axis=1), 0) and np.allclose(out.var(axis=1), 1)
+    assert np.allclose(reference.layer_norm([[2.0, 4.0]], [1, 2], [5, 6], 3.0), [[4.5, 7]])
+
+
+def test_gelu_by_its_definitions():
+    """Of the normal distribution, and as 0.5 x (1 + tanh(u))."""
+    x = np.array([[-3.0, -0.5, 0.0, 1.0, 2.0]])
+    assert np.allclose(reference.gelu(x), x * [[NormalDist().cdf(v) for v in x[0]]], rtol=1e-12)
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    assert np.allclose(reference.gelu(x - 1, np.ones(5), tanh=True), 0.5 * x * (1 + np.tanh(u)))
+
+
 def test_silu_and_mul_is_x_times_sigmoid():
     gate, up = np.array([[-2.0, 0.0, 3.0]]), np.array([[5.0, 7.0, 0.5]])
     expected = gate * (1 + np.tanh(gate / 2)) / 2 * up
@@ -180,6 +195,15 @@ def test_prefill_is_softmax_attention_key_by_key(rng):
             p = np.array([np.exp(0.7 * (q[t, n, :dn] @ kv[j, n, :dn] + q[t, n, dn:] @ k_pe[j])) for j in range(t + 1)])
             assert np.allclose(out[t, n], p @ kv[: t + 1, n, dn:] / p.sum())
             assert np.isclose(lse[t, n], np.log(p.sum()))
+
+
+def test_attention_is_prefill_of_which_all_is_seen(rng):
+    q, k, v = (rng.standard_normal((9, 2, 4)) for _ in range(3))
+    ends, nothing = [0, 3, 3, 9], np.zeros((9, 0))
+    kv = np.concatenate([k, v], axis=2)
+    assert np.allclose(
+        reference.attention(q, k, v, ends, 0.7), reference.mla_prefill(q, kv, nothing, ends, ends, [9, 9, 9], 0.7)
+    )
 
 
 def test_prefill_continues_a_state(rng):

@@ -6,6 +6,7 @@
 #include "bindings/args.h"
 #include "bindings/register.h"
 #include "ops/append_mla_cache.h"
+#include "ops/attention.h"
 #include "ops/mla_decode.h"
 #include "ops/mla_prefill.h"
 #include "ops/rope.h"
@@ -147,6 +148,29 @@ void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, T
   KIMI_RUN(on, mla_prefill, p);
 }
 
+template <class On>
+void attention(On on, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor out, float scale) {
+  using Activation = typename On::Activation;
+  const Args a("attention", on);
+  Dim T{"T"}, N{"N"}, D{"D"}, B1{"B + 1"};
+  AttentionParams<Activation> p{};
+  p.q = a.strided<const Activation>("q", q, T, N, D);
+  a.require(D.size >= 1 && D.size <= kMaxAttentionWidth, "q has D = ", D.size, ", expected 1 to ", kMaxAttentionWidth);
+  p.k = a.strided<const Activation>("k", k, T, N, D);
+  p.v = a.strided<const Activation>("v", v, T, N, D);
+  p.cu_seqlens = a.dense<const int32_t>("cu_seqlens", cu_seqlens, B1);
+  a.require(B1.size >= 1, "cu_seqlens is empty, expected [B + 1]");
+  p.B = int(B1.size - 1);
+  if constexpr (kOnCpu<On>) check_cu_seqlens(a, "cu_seqlens", p.cu_seqlens, p.B, T.size);
+  p.out = a.dense<Activation>("out", out, T, N, D);
+  a.check_apart("out", out, "q", q), a.check_apart("out", out, "k", k), a.check_apart("out", out, "v", v);
+  p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
+  p.k_stride_t = k.stride[0], p.k_stride_n = k.stride[1];
+  p.v_stride_t = v.stride[0], p.v_stride_n = v.stride[1];
+  p.T = T, p.N = N, p.D = D, p.scale = scale;
+  KIMI_RUN(on, attention, p);
+}
+
 // The pages that hold a sequence's tokens must exist; entries behind them are never read.
 void check_pages(const Args& a, const MlaDecodeParams<float>& p) {
   for (int b = 0; b < p.B; b++) {
@@ -203,6 +227,7 @@ void register_attention(nb::module_& m) {
   KIMI_DEFINE(m, rope);
   KIMI_DEFINE(m, append_mla_cache);
   KIMI_DEFINE(m, fused_append_mla_cache);
+  KIMI_DEFINE(m, attention);
   KIMI_DEFINE(m, mla_prefill);
   KIMI_DEFINE(m, mla_decode);
 }

@@ -1,7 +1,12 @@
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
 #include "bindings/args.h"
 #include "bindings/register.h"
 #include "ops/batched_gemm.h"
 #include "ops/dequantize_int4.h"
+#include "ops/gelu.h"
 #include "ops/gemm.h"
 #include "ops/gemm_int4.h"
 #include "ops/gemm_int8.h"
@@ -150,6 +155,20 @@ void silu_and_mul(On on, Tensor x, Tensor out) {
   KIMI_RUN(on, silu_and_mul, p);
 }
 
+template <class On>
+void gelu(On on, Tensor x, std::optional<Tensor> bias, Tensor out, bool tanh) {
+  using Activation = typename On::Activation;
+  const Args a("gelu", on);
+  Dim T{"T"}, I{"I"};
+  GeluParams<Activation> p{};
+  p.x = a.strided<const Activation>("x", x, T, I);
+  if (bias) p.bias = a.dense<const bf16>("bias", *bias, I);
+  p.out = a.strided<Activation>("out", out, T, I);
+  p.x_stride = x.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.I = I, p.tanh = tanh;
+  KIMI_RUN(on, gelu, p);
+}
+
 }  // namespace
 
 void register_linear(nb::module_& m) {
@@ -161,6 +180,7 @@ void register_linear(nb::module_& m) {
   KIMI_DEFINE(m, dequantize_int4);
   KIMI_DEFINE(m, quantize_int4);
   KIMI_DEFINE(m, silu_and_mul);
+  KIMI_DEFINE(m, gelu);
 }
 
 }  // namespace kimi

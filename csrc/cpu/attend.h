@@ -1,5 +1,5 @@
 // Softmax attention of a block of queries over one run of keys, key block by key block with a running maximum and sum
-// (online softmax). mla_prefill and mla_decode differ in where rows come from.
+// (online softmax). attention, mla_prefill and mla_decode differ in where rows come from.
 //
 // Queries stand side by side, kLanes of them a strip. A block of rows is brought to float32 in a panel once and serves
 // all strips, their scores (keys . q) and their values (weights . values).
@@ -27,6 +27,21 @@ struct State {
   State() = default;
   State(float* at, int value_dim) : out(at), maximum(out + value_dim * kLanes), sum(maximum + kLanes) {}
   static int64_t size(int value_dim) { return (value_dim + 2) * kLanes; }
+
+  void clear(int value_dim) const {
+    std::fill_n(out, value_dim * kLanes, 0.0f);
+    std::fill_n(maximum, kLanes, -kInfinity);
+    std::fill_n(sum, kLanes, 0.0f);
+  }
+
+  // Ends the softmax: divides by the sums, and writes the first `count` queries as rows.
+  void store(const Kernels& k, int value_dim, int count, float* rows, int64_t stride) const {
+    float factor[kLanes];
+    for (int r = 0; r < kLanes; r++) factor[r] = sum[r] == 0.0f ? 1.0f : 1.0f / sum[r];
+    for (int c = 0; c < value_dim; c++)
+      for (int r = 0; r < kLanes; r++) out[c * kLanes + r] *= factor[r];
+    k.attention->transpose(out, kLanes, value_dim, count, rows, stride);
+  }
 };
 
 struct Strip {

@@ -53,9 +53,7 @@ void attend_group(const Kernels& k, const MlaDecodeParams<float>& p, const Piece
     k.attention->transpose(p.q + (b * rows + row) * width, width, count, width, strip_q, kLanes);
     s.q = strip_q;
     s.state = state_at(p, pieces, b, split, first + i);
-    std::fill_n(s.state.out, p.C * kLanes, 0.0f);
-    std::fill_n(s.state.maximum, kLanes, -kInfinity);
-    std::fill_n(s.state.sum, kLanes, 0.0f);
+    s.state.clear(p.C);
     for (int r = 0; r < kLanes; r++) s.limit[r] = r < count ? p.seq_lens[b] - (p.Q - 1 - (row + r) / p.N) - begin : 0;
   }
   const int32_t* pages = p.page_table + b * p.max_pages;

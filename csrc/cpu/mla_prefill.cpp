@@ -15,9 +15,7 @@ void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t firs
   const int key_dim = p.Dn + p.R;
   if (count < kLanes) std::fill_n(q, key_dim * kLanes, 0.0f);
   k.attention->transpose(p.q + first * p.q_stride_t + n * p.q_stride_n, p.q_stride_t, count, key_dim, q, kLanes);
-  std::fill_n(s.out, p.Dv * kLanes, 0.0f);
-  std::fill_n(s.maximum, kLanes, -kInfinity);
-  std::fill_n(s.sum, kLanes, 0.0f);
+  s.clear(p.Dv);
   if (!p.continue_state) return;
   const int64_t stride = int64_t(p.N) * p.Dv;
   k.attention->transpose(p.out + first * stride + n * p.Dv, stride, count, p.Dv, s.out, kLanes);
@@ -34,12 +32,8 @@ void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t firs
 void store_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t first, int count, int n,
                  const Strip& strip) {
   const State& s = strip.state;
-  float factor[kLanes];
-  for (int r = 0; r < kLanes; r++) factor[r] = s.sum[r] == 0.0f ? 1.0f : 1.0f / s.sum[r];
-  for (int c = 0; c < p.Dv; c++)
-    for (int r = 0; r < kLanes; r++) s.out[c * kLanes + r] *= factor[r];
   const int64_t stride = int64_t(p.N) * p.Dv;
-  k.attention->transpose(s.out, kLanes, p.Dv, count, p.out + first * stride + n * p.Dv, stride);
+  s.store(k, p.Dv, count, p.out + first * stride + n * p.Dv, stride);
   for (int r = 0; r < count; r++)
     if (strip.limit[r] > 0 || !p.continue_state)  // else nothing was added, and the way to base 2 and back may round
       p.lse[(first + r) * p.N + n] = log_sum_exp(s.maximum[r], s.sum[r]);

@@ -3,11 +3,12 @@
 Names and signatures are those of `kimi_native.ops`; what an op does in place is returned here instead.
 """
 
-from .attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
+from .attention import append_mla_cache, attention, fused_append_mla_cache, mla_decode, mla_prefill, rope
 from .linear import (
     batched_gemm,
     dequantize_int4,
     exact_int4,
+    gelu,
     gemm,
     gemm_int4,
     gemm_int8,
@@ -24,24 +25,27 @@ from .moe import (
     moe_unpermute,
     topk_sigmoid,
 )
-from .norm import fused_add_rms_norm, rms_norm
+from .norm import fused_add_rms_norm, layer_norm, rms_norm
 from .sampling import kept_tokens, top_k_top_p_sample
 
 __all__ = [
     "ExpertWeights",
     "append_mla_cache",
+    "attention",
     "batched_gemm",
     "dequantize_int4",
     "exact_int4",
     "fused_add_rms_norm",
     "fused_append_mla_cache",
     "fused_moe",
+    "gelu",
     "gemm",
     "gemm_int4",
     "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
     "kept_tokens",
+    "layer_norm",
     "mla_decode",
     "mla_prefill",
     "moe_permute",

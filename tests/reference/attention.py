@@ -50,6 +50,16 @@ def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):
     return append_mla_cache(rms_norm(kv[:, :C], weight, eps), k_pe, cache, slots)
 
 
+def attention(q, k, v, cu_seqlens, scale):
+    """Softmax attention of [T, N, D] within each sequence, without a mask."""
+    q, k, v = np.float64(q), np.float64(k), np.float64(v)
+    out = np.zeros(q.shape)
+    for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        score = scale * np.einsum("ind,jnd->inj", q[begin:end], k[begin:end])
+        out[begin:end] = np.einsum("inj,jnd->ind", softmax(score)[0], v[begin:end])
+    return out
+
+
 def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
     """The last Q queries a sequence, q [B, Q, N, C + R], over its cache rows: key = row, value = its first C numbers.
     Query i sees the rows up to its own."""

@@ -1,4 +1,6 @@
-"""Linear maps, INT4 packing and SwiGLU in float64."""
+"""Linear maps, INT4 packing, SwiGLU and GELU in float64."""
+
+from math import erfc
 
 import ml_dtypes
 import numpy as np
@@ -93,3 +95,12 @@ def silu_and_mul(x):
     gate, up = np.split(np.float64(x), 2, axis=-1)
     with np.errstate(over="ignore"):
         return gate / (1 + np.exp(-gate)) * up
+
+
+def gelu(x, bias=None, tanh=False):
+    """v Phi(v), v = x + bias; by erfc, and by a quotient that equals 0.5 (1 + tanh(u)), so that nothing cancels."""
+    v = np.float64(x) + (0 if bias is None else np.float64(bias))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if tanh:
+            return v / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+        return v * np.vectorize(erfc, otypes=[np.float64])(-v / np.sqrt(2)) / 2

@@ -1,4 +1,4 @@
-"""RMSNorm in float64."""
+"""RMSNorm and LayerNorm in float64."""
 
 import numpy as np
 
@@ -13,3 +13,10 @@ def fused_add_rms_norm(x, residual, weight, eps):
     """Returns (rms_norm(residual + x), residual + x)."""
     total = np.float64(residual) + np.float64(x)
     return rms_norm(total, weight, eps), total
+
+
+def layer_norm(x, weight, bias, eps):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+    x = np.float64(x)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * np.float64(weight) + np.float64(bias)

@@ -129,6 +129,64 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   _mm256_maskstore_ps(out + i, mask, product);
 }
 
+void layer_norm(const float* x, const bf16* weight, const bf16* bias, float eps, float* out, int64_t n) {
+  const int64_t whole = n / 8 * 8;
+  __m256 a = _mm256_setzero_ps();
+  for (int64_t i = 0; i < whole; i += 8) a = _mm256_add_ps(a, _mm256_loadu_ps(x + i));
+  float sum = sum_lanes(a);
+  for (int64_t i = whole; i < n; i++) sum += x[i];
+  const float mean = sum / float(n);
+  const __m256 m = _mm256_set1_ps(mean);
+  a = _mm256_setzero_ps();
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(x + i), m);
+    a = _mm256_fmadd_ps(d, d, a);
+  }
+  sum = sum_lanes(a);
+  for (int64_t i = whole; i < n; i++) sum += (x[i] - mean) * (x[i] - mean);
+  const __m256 s = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_sqrt_ps(_mm256_set1_ps(sum / float(n) + eps)));
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256 unit = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), m), s);
+    _mm256_storeu_ps(out + i, _mm256_fmadd_ps(unit, load_bf16(weight + i), load_bf16(bias + i)));
+  }
+  for (int64_t i = whole; i < n; i++)
+    out[i] = (x[i] - mean) * _mm256_cvtss_f32(s) * to_float(weight[i]) + to_float(bias[i]);
+}
+
+// x Phi(x). Phi(-|x|) = exp(-x^2 / 2) g(|x|), where g, a polynomial in 1 / (1 + 0.4 |x|), is off by 7e-8 of itself
+// as far as the exponential is not 0.
+__m256 gelu_erf8(__m256 x) {
+  const __m256 one = _mm256_set1_ps(1.0f), magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+  const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.4f), magnitude, one));
+  constexpr float kCoefficients[] = {2.026606202e-1f, -3.774213493e-1f, 2.546855211e-1f, -1.458334271e-2f,
+                                     1.592079401e-1f, 1.556178331e-1f,  1.599236429e-1f, -1.291433546e-5f};
+  __m256 g = _mm256_set1_ps(-4.007797316e-2f);
+  for (const float c : kCoefficients) g = _mm256_fmadd_ps(g, t, _mm256_set1_ps(c));
+  const __m256 phi = _mm256_mul_ps(exp8(_mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(-0.5f), x), x)), g);
+  return _mm256_mul_ps(x, _mm256_blendv_ps(_mm256_sub_ps(one, phi), phi, x));  // by the sign of x
+}
+
+// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+__m256 gelu_tanh8(__m256 x) {
+  const __m256 one = _mm256_set1_ps(1.0f), cubic = _mm256_fmadd_ps(_mm256_set1_ps(0.044715f), _mm256_mul_ps(x, x), one);
+  const __m256 e = exp8(_mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(-1.595769122f), x), cubic));
+  return _mm256_div_ps(x, _mm256_add_ps(one, e));
+}
+
+template <__m256 (*function)(__m256)>
+void gelu(const float* x, const bf16* bias, float* out, int64_t n) {
+  int64_t i = 0;
+  if (bias)
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(out + i, function(_mm256_add_ps(_mm256_loadu_ps(x + i), load_bf16(bias + i))));
+  else
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, function(_mm256_loadu_ps(x + i)));
+  if (i == n) return;
+  float rest[8] = {};
+  for (int64_t j = i; j < n; j++) rest[j - i] = x[j] + (bias ? to_float(bias[j]) : 0.0f);
+  _mm256_maskstore_ps(out + i, first_lanes(n - i), function(_mm256_loadu_ps(rest)));
+}
+
 // 32 weights: low nibbles are the even inputs, high nibbles the odd ones; q * scale is exact in float32.
 void decode_group(const uint8_t* packed, const bf16* scale, __m256 out[4]) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
@@ -163,6 +221,9 @@ const Kernels avx2_kernels = {
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
+    .layer_norm = layer_norm,
+    .gelu_erf = gelu<gelu_erf8>,
+    .gelu_tanh = gelu<gelu_tanh8>,
     .decode_int4 = decode_int4,
     .gemm = &avx2_gemm_kernels,
     .quantized = &avx2_quantized_kernels,

@@ -40,6 +40,30 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
+void layer_norm(const float* x, const bf16* weight, const bf16* bias, float eps, float* out, int64_t n) {
+  float sum = 0, squares = 0;
+  for (int64_t i = 0; i < n; i++) sum += x[i];
+  const float mean = sum / float(n);
+  for (int64_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / sqrtf(squares / float(n) + eps);
+  for (int64_t i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * to_float(weight[i]) + to_float(bias[i]);
+}
+
+void gelu_erf(const float* x, const bf16* bias, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float v = x[i] + (bias ? to_float(bias[i]) : 0.0f);
+    out[i] = 0.5f * v * erfcf(-0.707106781f * v);
+  }
+}
+
+// 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u))
+void gelu_tanh(const float* x, const bf16* bias, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float v = x[i] + (bias ? to_float(bias[i]) : 0.0f);
+    out[i] = v / (1.0f + expf(-1.595769122f * v * (1.0f + 0.044715f * v * v)));
+  }
+}
+
 void decode_int4(const uint8_t* packed, const bf16* scale, float* out, int64_t groups) {
   for (int64_t g = 0; g < groups; g++, packed += 16, out += 32)
     for (int i = 0; i < 32; i++) out[i] = float((packed[i / 2] >> (i % 2 * 4) & 15) - 8) * to_float(scale[g]);
@@ -56,6 +80,9 @@ const Kernels scalar_kernels = {
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
+    .layer_norm = layer_norm,
+    .gelu_erf = gelu_erf,
+    .gelu_tanh = gelu_tanh,
     .decode_int4 = decode_int4,
     .gemm = &scalar_gemm_kernels,
     .quantized = &scalar_quantized_kernels,

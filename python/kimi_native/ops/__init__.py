@@ -8,10 +8,11 @@ kernels.
 """
 
 from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
-from kimi_native.ops.attention import append_mla_cache, fused_append_mla_cache, mla_decode, mla_prefill, rope
+from kimi_native.ops.attention import append_mla_cache, attention, fused_append_mla_cache, mla_decode, mla_prefill, rope
 from kimi_native.ops.linear import (
     batched_gemm,
     dequantize_int4,
+    gelu,
     gemm,
     gemm_int4,
     gemm_int8,
@@ -28,24 +29,27 @@ from kimi_native.ops.moe import (
     moe_unpermute,
     topk_sigmoid,
 )
-from kimi_native.ops.norm import fused_add_rms_norm, rms_norm
+from kimi_native.ops.norm import fused_add_rms_norm, layer_norm, rms_norm
 from kimi_native.ops.sampling import top_k_top_p_sample
 
 __all__ = [
     "ExpertWeights",
     "append_mla_cache",
+    "attention",
     "available_isas",
     "batched_gemm",
     "dequantize_int4",
     "fused_add_rms_norm",
     "fused_append_mla_cache",
     "fused_moe",
+    "gelu",
     "gemm",
     "gemm_int4",
     "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
     "isa",
+    "layer_norm",
     "mla_decode",
     "mla_prefill",
     "moe_permute",

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: rotary embedding, latent cache, prefill and decode."""
+"""Attention: rotary embedding, latent cache, prefill and decode of MLA, and the form without a mask."""
 
 import numpy as np
 
@@ -118,3 +118,20 @@ def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=F
     floats = run("mla_decode", **arguments, workspace=None, scale=scale)
     run("mla_decode", **arguments, workspace=empty(q, floats, dtype=np.float32), scale=scale)
     return (out, lse) if return_lse else out
+
+
+def attention(q, k, v, cu_seqlens, scale, out=None):
+    """Attention without a mask over packed sequences: a token sees all tokens of its sequence and no others.
+
+    score = scale * q . k, out = softmax(score) v. Memory beside the arguments does not grow with the lengths.
+
+    q, k, v: float32, on the GPU bfloat16 [T, N, D], D of 1 to 1024; the last axes are contiguous, the others may be
+    strided. cu_seqlens: int32 [B + 1], where each sequence begins and ends. out: like q [T, N, D], contiguous,
+    optional; must not overlap q, k or v. Returns out.
+    Raises ValueError for a shape or lengths that do not fit, TypeError for a dtype or kind of array. On the GPU lengths
+    are not read beforehand: of tokens that lie in no sequence inside the arrays nothing is written.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; Milakov and Gimelshein 2018, arXiv 1805.02867.
+    """
+    out = empty(q, *shape_of("attention", "q", q, 3)) if out is None else out
+    run("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, out=out, scale=scale)
+    return out

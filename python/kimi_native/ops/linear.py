@@ -1,4 +1,4 @@
-"""Matrix products with bf16, INT4 and int8 weights, rounding to these, SwiGLU's gate."""
+"""Matrix products with bf16, INT4 and int8 weights, rounding to these, activation functions."""
 
 from math import prod
 
@@ -152,4 +152,19 @@ def silu_and_mul(x, out=None):
         T, two_I = shape_of("silu_and_mul", "x", x, 2)
         out = empty(x, T, two_I // 2)
     run("silu_and_mul", x=x, out=out)
+    return out
+
+
+def gelu(x, bias=None, tanh=False, out=None):
+    """Gaussian error linear unit: out = v * Phi(v) with v = x + bias, computed in float32.
+
+    Phi(v) = 0.5 (1 + erf(v / sqrt(2))), or with tanh = 0.5 (1 + tanh(sqrt(2 / pi) (v + 0.044715 v**3))).
+
+    x: float32, on the GPU bfloat16 [T, I], rows may be strided. bias: bfloat16 [I], optional.
+    out: like x, optional, rows may be strided; may be x. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    out = empty(x, *shape_of("gelu", "x", x, 2)) if out is None else out
+    run("gelu", x=x, bias=bias, out=out, tanh=tanh)
     return out

@@ -29,3 +29,18 @@ def fused_add_rms_norm(x, residual, weight, eps, out=None):
     out = empty(x, *shape_of(op, "x", x, 2)) if out is None else out
     run(op, x=x, residual=residual, weight=weight, out=out, eps=eps)
     return out
+
+
+def layer_norm(x, weight, bias, eps, out=None):
+    """Layer normalisation over the last axis.
+
+    out = (x - mean(x)) * rsqrt(mean((x - mean(x))**2) + eps) * weight + bias, computed in float32.
+
+    x: float32, on the GPU bfloat16 [T, H], rows may be strided. weight, bias: bfloat16 [H]. eps: float.
+    out: like x, optional, rows may be strided; may be x. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
+    """
+    out = empty(x, *shape_of("layer_norm", "x", x, 2)) if out is None else out
+    run("layer_norm", x=x, weight=weight, bias=bias, out=out, eps=eps)
+    return out
