@@ -107,7 +107,7 @@ def test_text_of_the_caller_is_no_place(tokenizer, name):
 
 def test_outside_safe_mode_text_of_the_caller_is_a_place(tokenizer):
     with pytest.raises(
-        ValueError, match=r"places for 2 media \(image, video\), expected one for each of the 1 .*image"
+        ValueError, match=r"places for 2 media \(image, video\), expected one for each of the 1 "
     ):
         encode(tokenizer, [user(image(IMAGE), VIDEO)], safe=False)
     messages = [user(image(IMAGE), video(CLIP), "x")]

@@ -21,7 +21,7 @@ from media_items import LEVELS, random_item
 from reference import model as reference
 from reference import vision as reference_vision
 
-FLOAT32 = 1e-4  # of a prompt that is mostly media; 3.0e-5 were seen
+FLOAT32 = 2e-5  # 1.1e-5 at most were seen; transformers in float32 is 7e-6 away from its float64 result
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -155,7 +155,7 @@ WRONG = {
     "too many rows": (
         [1, *[PAD] * 14],
         [IMAGE],
-        "has 14 media placeholders (id 789), expected 15, one for each row of 1",
+        "has 14 media placeholders (id 789), expected 15",
     ),
     "too few": ([*[PAD] * 16, 2], [IMAGE], "has 16 media placeholders (id 789), expected 15"),
     "none": ([1, 2], [SMALL], "has 0 media placeholders (id 789), expected 1"),
@@ -211,9 +211,9 @@ def test_keys_depend_on_the_content():
 def test_checkpoint_without_a_tower(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     index = json.loads((copy / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {
-        n: f for n, f in index["weight_map"].items() if not n.startswith(("vision_tower", "mm_proj"))
-    }
+    tower = [name for name in index["weight_map"] if name.startswith(("vision_tower.", "mm_projector."))]
+    for name in tower:
+        del index["weight_map"][name]
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     model = kn.load(copy)
     assert model.vision is None
@@ -366,6 +366,6 @@ def test_a_prompt_that_ends_in_media(model):
 
 
 def test_media_that_do_not_fit_into_the_cache(model, calls):
-    with pytest.raises(ValueError, match="the prompt has 64 tokens, expected at most the cache's max_tokens = 40"):
+    with pytest.raises(ValueError, match="the prompt has 63 tokens, expected at most the cache's max_tokens = 40"):
         kn.generate_tokens(model, MIXED, cache=model.new_cache(40), media=MEDIA)
     assert calls == []
