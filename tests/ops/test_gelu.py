@@ -15,7 +15,7 @@ def check(out, x, bias, tanh, dtype):
     # exp(-2 u). Below 2^-124 the divisor 1 + exp(-2 u) may be infinite, and the result 0.
     expected = reference.gelu(x, bias, tanh)
     square = np.nan_to_num(np.clip(np.float64(x) + (0 if bias is None else np.float64(bias)), -14, 0)) ** 2
-    size = np.abs(np.where(np.isfinite(expected), expected, 0)) * (1 + square / 8 * (1 + square / 10 * tanh))
+    size = np.abs(np.where(np.isfinite(expected), expected, 0)) * (1 + square / 4 * (1 + square / 10 * tanh))
     size += 2.0**-103
     assert_close(out, expected, dtype, scale=size)
 
