@@ -20,7 +20,7 @@ ARROWS = {
     "ops": {"_C"},
     "cache": {"ops"},
     "sampling": {"ops"},
-    "vision": {"ops"},
+    "vision": {"placement"},
     "train": {"ops"},
     "placement": {"ops"},
     "expert_cache": {"placement"},

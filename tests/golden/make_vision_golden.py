@@ -8,6 +8,7 @@ The splice is a prompt whose placeholders stand for two of the items, and the lo
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import tempfile
@@ -43,8 +44,8 @@ def float64(model):
 @torch.no_grad()
 def features(model, patches, grid):
     """[tokens, text_hidden_size] of uint8 patches [t * gh * gw, 3, 14, 14]."""
-    dtype, body = model.lm_head.weight.dtype, model.model
-    pixels = torch.from_numpy(patches).to(dtype) / 127.5 - 1
+    body = model.model
+    pixels = (torch.from_numpy(patches).double() / 127.5 - 1).to(model.dtype)
     pooled = body.vision_tower(pixels, grid_thw=torch.tensor([grid])).pooler_output
     return body.mm_projector(pooled)[:, 0]
 
@@ -65,6 +66,20 @@ def run(model, items, token_ids):
     return {"features": torch.cat(encoded).numpy(), "splice_logits": logits}
 
 
+def bf16_features(model, items):
+    """With weights and activations in bf16; the tables of angles stay float32, as they do when it is loaded so."""
+    half = copy.deepcopy(model)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    encoded = [features(half, patches, grid) for patches, grid in zip(items, GRIDS, strict=True)]
+    return torch.cat(encoded).double().numpy()
+
+
+def difference(a, b):
+    """The largest, in standard deviations of b."""
+    return float(np.abs(a - b).max() / b.std())
+
+
 def measure(seed, model):
     """(arrays for vision.npz, facts for vision.json) of one seed."""
     random, c = np.random.RandomState(seed), model.config
@@ -74,6 +89,7 @@ def measure(seed, model):
     pads = [[c.image_token_id] * count for count in counts]
     token_ids = [token for part in itertools.zip_longest(text, pads, fillvalue=[]) for ids in part for token in ids]
     single = run(model, items, token_ids)
+    half = bf16_features(model, items)
     with float64(model), make_golden.router_margins(model) as margins:
         double = run(model, items, token_ids)
     facts = {
@@ -81,9 +97,8 @@ def measure(seed, model):
         "checkpoint": CHECKPOINT,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "float32_difference": {
-            name: float(np.abs(single[name] - value).max() / value.std()) for name, value in double.items()
-        },
+        "float32_difference": {name: difference(single[name], value) for name, value in double.items()},
+        "bf16_difference": difference(half, double["features"]),
         "router_margin": min(margins),
     }
     arrays = {"grids": GRIDS, "splice_items": SPLICE_ITEMS, "splice_tokens": token_ids}
