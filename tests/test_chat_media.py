@@ -106,9 +106,7 @@ def test_text_of_the_caller_is_no_place(tokenizer, name):
 
 
 def test_outside_safe_mode_text_of_the_caller_is_a_place(tokenizer):
-    with pytest.raises(
-        ValueError, match=r"places for 2 media \(image, video\), expected one for each of the 1 "
-    ):
+    with pytest.raises(ValueError, match=r"places for 2 media \(image, video\), expected one for each of the 1 "):
         encode(tokenizer, [user(image(IMAGE), VIDEO)], safe=False)
     messages = [user(image(IMAGE), video(CLIP), "x")]
     assert encode(tokenizer, messages, safe=False) == encode(tokenizer, messages)
