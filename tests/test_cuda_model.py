@@ -25,7 +25,9 @@ from kimi_native.ops import _array, _cublas
 from kimi_native.ops import gpu as gpu_module
 from kimi_native.placement import check_memory
 from kimi_native.tiny_config import published_config
+from media_items import random_item
 from reference import model as reference
+from reference import vision
 
 _E = pytest.importorskip("kimi_native._E", reason="the extension _E, the emulator, is not built")
 
@@ -325,6 +327,50 @@ def test_a_read_within_a_capture_is_refused(gpu, folder, monkeypatch):
         model.forward(TOKENS[10:11], cache)
     assert cache.token_ids == TOKENS[:10] and gpu.current is gpu.null
     assert np.isfinite(model.forward(TOKENS[10:11], cache).get()).all()
+
+
+# Media
+
+
+def test_rows_in_place_of_placeholders(gpu, folder, monkeypatch):
+    """Rows that are the embeddings of text give the bits of that text, across chunks and in a step of one token, which
+    goes without the graph."""
+    model = kn.load(folder, device="cuda")
+    pad, (begin, end) = model.config.media_placeholder_token_id, (5, 60)
+    rows = gpu_module.put(model.embed_tokens[TOKENS[begin:end]])
+    tokens = [*TOKENS[:begin], *[pad] * (end - begin), *TOKENS[end:80]]
+    for size in (2048, 13):
+        monkeypatch.setattr(model_module, "GPU_PREFILL_CHUNK", size)
+        logits = model.forward(tokens, model.new_cache(100), media=[rows]).get()
+        assert same_bits(logits, model.forward(TOKENS[:80], model.new_cache(100)).get())
+    cache = model.new_cache(100)
+    model.forward(tokens, cache, media=[rows])
+    one = model.forward([pad], cache, media=[rows[:1]]).get()
+    assert gpu.captured == 0
+    cache.truncate(80)
+    assert_near(one, model.forward([TOKENS[begin]], cache).get(), SAME_ROUNDING)
+    assert gpu.captured == 1
+    with pytest.raises(ValueError, match=r"media\[0\] is float32 .*, expected a MediaItem or rows of bfloat16"):
+        model.forward([pad], cache, media=[np.zeros((1, 128), np.float32)])
+
+
+def test_logits_of_media(place, folder, monkeypatch):
+    """An image and a chunk of video through the tower and the text model; turned experts as with the golden vectors."""
+    model, rng = kn.load(folder, device="cuda"), np.random.default_rng(5)
+    media, pad = [random_item(rng, 6, 10), random_item(rng, 4, 8, 3, "00:00:00.000")], 789
+    tokens = [*TOKENS[:9], *[pad] * 15, *TOKENS[9:12], *[pad] * 8, *TOKENS[12:30]]
+    routes = Routes(monkeypatch, sum(isinstance(layer.mlp, model_module.MoE) for layer in model.layers))
+    logits = model.forward(tokens, model.new_cache(100), media=media).get()
+    routes.collect()
+    tensors, c = tensors_of(folder), model.config
+    patches = [item.normalised(0, len(item.patches)) for item in media]
+    rows = [vision.encode(tensors, c.vision_config, x, item.grid) for x, item in zip(patches, media, strict=True)]
+    behind = reference_with(monkeypatch, routes.ids())
+    expected = reference.logits(tensors, c.text_config, tokens, pad, rows)
+    assert_near(logits, expected, BF16_MODEL)
+    assert np.max(behind) < ROUTER
+    again = model.forward(tokens, model.new_cache(100), media=model.encode_media(media)).get()
+    assert same_bits(again, logits)
 
 
 # Uploads
