@@ -36,7 +36,7 @@ CUPY_FILES = {PACKAGE / "ops" / "_array.py", PACKAGE / "ops" / "_cublas.py"}
 UNRESTRICTED = {"__init__", "__main__"}  # but for _C
 
 # others' code, to compare with
-TORCH_FILES = re.compile(r"tests/golden/.*|bench/(peers|torch_ops|triton_\w+)\.py")
+TORCH_FILES = re.compile(r"tests/golden/.*|bench/(peers|(torch|triton)_\w+)\.py")
 # what the emulator cannot run, and the files under csrc/cuda that have it for all others
 CUDA_WORDS = {
     r"\basm\b": {"ptx.cuh", "hopper.cuh", "emu/fiber.h"},
