@@ -181,7 +181,10 @@ def test_wrong_count(model, calls, name):
         kn.generate_tokens(model, tokens, media=media)
 
 
-@pytest.mark.parametrize("rows", [np.zeros((15, 127), np.float32), np.zeros((15, 128)), np.zeros((0, 128), np.float32)])
+WRONG_ROWS = [np.zeros((15, 127), np.float32), np.zeros((15, 128)), np.zeros((0, 128), np.float32), "photo.png"]
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS, ids=["width", "dtype", "empty", "str"])
 def test_wrong_rows(model, rows):
     with pytest.raises(ValueError, match=r"media\[0\] is .*, expected a MediaItem or rows of float32 \[tokens, 128\]"):
         model.forward([PAD] * 15, model.new_cache(50), media=[rows])

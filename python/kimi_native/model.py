@@ -433,15 +433,14 @@ class Model:
     def _spans(self, ids, media) -> list[Span]:
         if media is None:
             return []
-        dtype = np.dtype(bfloat16 if self.device == "cuda" else np.float32)
+        width, dtype = self.embed_tokens.shape[1], np.dtype(bfloat16 if self.device == "cuda" else np.float32)
         for index, item in enumerate(media):
+            shape, found = list(getattr(item, "shape", [])), getattr(item, "dtype", type(item).__name__)
             if isinstance(item, MediaItem):
                 self.check_vision()
-            elif item.ndim != 2 or len(item) == 0 or item.shape[1] != self.embed_tokens.shape[1] or item.dtype != dtype:
-                raise ValueError(
-                    f"media[{index}] is {item.dtype} {list(item.shape)}, expected a MediaItem or rows of {dtype} "
-                    f"[tokens, {self.embed_tokens.shape[1]}]"
-                )
+            elif found != dtype or len(shape) != 2 or shape[0] == 0 or shape[1] != width:
+                expected = f"a MediaItem or rows of {dtype} [tokens, {width}]"
+                raise ValueError(f"media[{index}] is {found} {shape}, expected {expected}")
         return find_spans(ids, self.config.media_placeholder_token_id, media)
 
     def _embed(self, ids, start: int, spans: list[Span], media_progress):
