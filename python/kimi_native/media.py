@@ -303,7 +303,6 @@ def _open_video(name: str, file):
                 f"{name}: frames are {stream.width}x{stream.height}, expected at most {MAX_FRAME_PIXELS:,} pixels"
             )
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # where frames are not what the file says
-        stream.thread_type = "AUTO"
         yield container, stream
 
 
