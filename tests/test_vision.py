@@ -1,7 +1,7 @@
 """The vision tower and its projector against transformers in float64 (golden/make_vision_golden.py) and the oracle.
 
 Differences are the largest over all features, in standard deviations of the features. transformers itself is 2e-6 away
-from its float64 result in float32, 3e-2 in bf16.
+from its float64 result in float32, and 6.6e-3 by root mean square in bf16.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from reference import vision as reference
 
 ORACLE = 2e-6
 FLOAT32 = 1e-5
-BF16_ACTIVATIONS = 3e-2  # with the kernels for the GPU
 
 FOLDER = Path(__file__).parent / "golden"
 FACTS = json.loads((FOLDER / "vision.json").read_text())
@@ -90,9 +89,11 @@ def test_features(model, isa):
 
 
 def test_features_by_the_kernels_for_the_gpu(folder, emulator):
+    """At least as near as transformers in bf16, over all features; 5.8e-3 were seen."""
     encoded = load(folder).encode(ITEMS)
-    assert_near(encoded, BF16_ACTIVATIONS)
     assert {features.dtype for features in encoded} == {BF16}
+    away = np.concatenate(encoded).astype(np.float64) - GOLDEN["features"]
+    assert np.sqrt(np.mean(away**2)) <= FACTS["bf16_rms_difference"] * GOLDEN["features"].std(dtype=np.float64)
 
 
 def test_items_do_not_see_each_other(model):
@@ -103,11 +104,12 @@ def test_items_do_not_see_each_other(model):
     assert model.encode([]) == []
 
 
-def test_groups_and_pieces_leave_the_bits(model, monkeypatch):
+def test_groups_of_items_rows_and_heads_leave_the_bits(model, monkeypatch):
     items = [item for item in ITEMS if len(item.patches) > 8]
     whole, calls = model.encode(items), []
     monkeypatch.setattr(vision, "GROUP", 256)
     monkeypatch.setattr(model, "rows", 19)
+    monkeypatch.setattr(model, "heads", 2)
     pieces = model.encode(items, lambda *progress: calls.append(progress))
     assert all(map(same_bits, pieces, whole))
     depth, patches = len(model.blocks), sum(len(item.patches) for item in items)

@@ -7,6 +7,7 @@ Source: Kimi Team 2025, arXiv 2504.07491 (MoonViT), and 2026, arXiv 2602.02276.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from kimi_native.placement import Weights
 
 EPS = 1e-5  # of the tower's norms
 GROUP = 16384  # patches that go through the layers together; a larger item goes alone
+HEADS = 4  # that attend together on the CPU, if they divide the number of heads: their keys and values stay small
 ROWS, GPU_ROWS = 1024, 16384  # patches that pass from one attention to the next together: what is wider stays small
 TABLE_ROWS = 16  # of the grid, that are resampled together
 
@@ -55,8 +57,8 @@ class LayerNorm:
 class Step:
     """What all blocks share, for the items of a group one after the other."""
 
-    qkv: Any  # activations [T, 3 H], scratch
-    attended: Any  # activations [T, N, D], scratch
+    qkv: Any  # activations [T, 3, n D], scratch: of n heads at a time
+    attended: Any  # activations [T, H], scratch
     rotation: tuple  # cos and sin, float32 [T, D / 2], and int32 [T], rows of these
     cu_seqlens: Any  # int32 [items + 1]
     pieces: list[slice]  # of T, which the parts between two attentions take one by one
@@ -77,17 +79,22 @@ class Block:
 
     def forward(self, x, step: Step) -> None:
         """x: float32 [T, H], the residual stream, updated in place."""
-        (T, H), N = x.shape, self.heads
-        for rows in step.pieces:
-            qkv = self.wqkv(self.norm0(x[rows]), out=step.qkv[rows])
-            qkv += _cast(self.wqkv.bias, qkv.dtype)
-        heads = step.qkv.reshape(T, 3 * N, H // N)
-        q_and_k, q, k, v = heads[:, : 2 * N], heads[:, :N], heads[:, N : 2 * N], heads[:, 2 * N :]
-        ops.rope(q_and_k, *step.rotation, out=q_and_k)
-        ops.attention(q, k, v, step.cu_seqlens, (H // N) ** -0.5, out=step.attended)
+        (T, H), D = x.shape, x.shape[1] // self.heads
+        n = step.qkv.shape[2] // D
+        weight, bias = self.wqkv.weight.reshape(3, -1, n * D, H), self.wqkv.bias.reshape(3, -1, n * D)
+        qkv = step.qkv.reshape(T, 3 * n, D)
+        for some in range(self.heads // n):
+            for rows in step.pieces:
+                h, projected = self.norm0(x[rows]), step.qkv[rows]
+                for part in range(3):
+                    ops.gemm(h, weight[part, some], out=projected[:, part])
+                projected += _cast(bias[:, some], projected.dtype)
+            ops.rope(qkv[:, : 2 * n], *step.rotation, out=qkv[:, : 2 * n])
+            out = ops.attention(qkv[:, :n], qkv[:, n : 2 * n], qkv[:, 2 * n :], step.cu_seqlens, D**-0.5)
+            step.attended[:, some * n * D : (some + 1) * n * D] = out.reshape(T, n * D)
         for rows in step.pieces:
             residual = x[rows]
-            self.wo.add_to(residual, step.attended[rows].reshape(-1, H))
+            self.wo.add_to(residual, step.attended[rows])
             h = self.fc0(self.norm1(residual))
             self.fc1.add_to(residual, ops.gelu(h, self.fc0.bias, tanh=True, out=h))
 
@@ -124,7 +131,10 @@ class VisionModel:
         self.config = c
         self.patch_embed = Linear(tower, "patch_embed.proj", 3 * P * P, H, shape=(H, 3, P, P))
         self.place = array_module(self.patch_embed.weight).asarray
-        self.dtype, self.rows = (bfloat16, GPU_ROWS) if on_gpu(self.patch_embed.weight) else (np.float32, ROWS)
+        if on_gpu(self.patch_embed.weight):
+            self.dtype, self.rows, self.heads = bfloat16, GPU_ROWS, c.vt_num_attention_heads
+        else:
+            self.dtype, self.rows, self.heads = np.float32, ROWS, gcd(HEADS, c.vt_num_attention_heads)
         # Stays in host memory, where it is resampled.
         table = c.init_pos_emb_height, c.init_pos_emb_width, H
         self.pos_emb = weights.checkpoint.tensor(f"{tower.prefix}patch_embed.pos_emb.weight", table, "BF16")
@@ -190,8 +200,8 @@ class VisionModel:
         tables = np.concatenate([_rotation(*item.grid, H // N) for item in items], axis=1)
         rotation = put(tables[0]), put(tables[1]), put(np.arange(T, dtype=np.int32))
         step = Step(
-            qkv=empty(x, T, 3 * H, dtype=self.dtype),
-            attended=empty(x, T, N, H // N, dtype=self.dtype),
+            qkv=empty(x, T, 3, H // N * self.heads, dtype=self.dtype),
+            attended=empty(x, T, H, dtype=self.dtype),
             rotation=rotation,
             cu_seqlens=put(np.array(cu_seqlens, np.int32)),
             pieces=_pieces(T, self.rows),
