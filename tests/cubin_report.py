@@ -58,6 +58,7 @@ class Stated:
 
 _TENSOR = "HMMA LDGSTS"  # mma.sync, cp.async
 KERNELS = {  # by name; where template arguments matter, with them. Tables over experts: 384 of them.
+    "attention_kernel": Stated(_TENSOR, 67584),
     "fused_moe_down_kernel": Stated(_TENSOR, 73728),
     "fused_moe_gate_up_kernel": Stated(_TENSOR, 73728),
     "grouped_gemm_int4_kernel": Stated("HGMMA UTMALDG", 204800),

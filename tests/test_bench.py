@@ -131,6 +131,9 @@ def test_counted_work():
     assert (bytes_moved, operations) == (8 * 4096 * 7168 * 0.5625 + 8 * (7168 + 4096) * 2, 2 * 8 * 4096 * 7168)
     assert of("rms_norm", "T=4096 H=7168")[0] == 4 * 4096 * 7168 + 2 * 7168
     assert of("fused_add_rms_norm", "T=4096 H=7168", "rms_norm")[0] == (2 + 2 + 4 + 4) * 4096 * 7168 + 2 * 7168
+    assert of("attention", "B=16 T=256 N=16 D=72") == (4 * 16 * 256 * 1152 * 2, 16 * 2 * 256 * 256 * 2304)
+    assert of("layer_norm", "T=4144 H=1152")[0] == 4 * (4144 + 1) * 1152
+    assert of("gelu", "T=1036 I=4608 erf")[0] == (4 * 1036 + 2) * 4608
     assert of("silu_and_mul", "T=4096 I=2048")[0] == 6 * 4096 * 2048
     assert of("dequantize_int4", "[2048, 7168]")[0] == 2.5625 * 2048 * 7168
     assert of("gemm", "o_proj T=8") == (2 * (7168 * 8192 + 8 * (7168 + 8192)), 2 * 8 * 7168 * 8192)

@@ -12,9 +12,9 @@
 
 namespace kimi::cpu {
 
-constexpr int kMaxStrips = 8, kMaxKeys = 96;
-constexpr int kPanel = 48 * 576;                     // floats: 48 rows of the model's cache
-constexpr int kScratch = kMaxStrips * kLanes * 324;  // floats: what the strips of a block need. Both stay in L2
+constexpr int kMaxStrips = 16, kMaxKeys = 96;
+constexpr int kPanel = 48 * 576;            // floats: 48 rows of the model's cache
+constexpr int kScratch = 8 * kLanes * 324;  // floats: what the strips of a block need. Both stay in L2
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 

@@ -40,14 +40,19 @@ void attend_block(const Kernels& k, const AttentionParams<float>& p, int n, int6
 void attention(const AttentionParams<float>& p) {
   const Kernels& k = kernels();
   const int block = strips_in_scratch(2 * p.D + 2) * kLanes;
-  for (int b = 0; b < p.B; b++) {
-    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1], blocks = (end - begin + block - 1) / block;
-    parallel_for(p.N * blocks, 1, [&](int64_t item, int64_t) {
-      // The blocks of one head follow each other: its keys and values stay in the cache.
-      const int64_t first = begin + item % blocks * block;
-      attend_block(k, p, int(item / blocks), first, int(std::min<int64_t>(block, end - first)), begin, end);
-    });
-  }
+  const auto items_of = [&](int b) {  // blocks of all heads of a sequence
+    return p.N * ((int64_t(p.cu_seqlens[b + 1]) - p.cu_seqlens[b] + block - 1) / block);
+  };
+  int64_t items = 0;
+  for (int b = 0; b < p.B; b++) items += items_of(b);
+  parallel_for(items, 1, [&](int64_t item, int64_t) {
+    int b = 0;
+    for (; item >= items_of(b); b++) item -= items_of(b);
+    // The blocks of one head follow each other: its keys and values stay in the cache.
+    const int64_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1], blocks = items_of(b) / p.N;
+    const int64_t first = begin + item % blocks * block;
+    attend_block(k, p, int(item / blocks), first, int(std::min<int64_t>(block, end - first)), begin, end);
+  });
 }
 
 }  // namespace kimi::cpu

@@ -50,6 +50,18 @@ def test_many_tiles(on, rng):
     check(on, given, on(ops.attention, **given))
 
 
+@pytest.mark.parametrize(("T", "tiles"), [(20, 4), (65, 8), (130, 24)])
+def test_heads_run_on_tensor_cores(on, rng, T, tiles):
+    """Products of 16 x 8 x 16: 160 for each of a block's 4 warps and each tile of 64 keys, and no bank conflict."""
+    if not on.emulated:
+        return
+    given = random_arguments(rng, [T], 1, draw=on.normal)
+    before = np.array(on.extension.counters())
+    on(ops.attention, **given)
+    mma, ldmatrix, conflicts = np.array(on.extension.counters()) - before
+    assert mma == 160 * tiles and ldmatrix == 50 * tiles and conflicts == 0
+
+
 @pytest.mark.parametrize("D", [1, 7, 8, 12, 64, 80, 88, 129, 256])
 def test_other_heads(on, rng, D):
     given = random_arguments(rng, [19, 70], 3, D, on.normal)
