@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from bench import ggml, kt_experts
 from bench.expert_graph import experts
 
-PACKAGES = ("ik-llama-cpp-python", "llama-cpp-python", "onnxruntime", "openvino", "torch", "kt-kernel")
+PACKAGES = ("ik-llama-cpp-python", "llama-cpp-python", "onnxruntime", "openvino", "torch", "transformers", "kt-kernel")
 ONNX_ACCURACY = {"onnxruntime i8": 4, "onnxruntime f32": 1}
 
 

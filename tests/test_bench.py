@@ -11,15 +11,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
+import reference.vision
 from arrays import BF16
 from kimi_native import ops
+from kimi_native.checkpoint import expected_tensors
+from kimi_native.config import Config
+from kimi_native.tiny_config import preset_config
 
 from bench import __main__ as command
 from bench import (
     arrays,
     baseline,
     bench_generate,
+    bench_vision,
     cpu_peers,
     expert_graph,
     ggml,
@@ -624,6 +628,20 @@ def test_models_in_turns(cpu, monkeypatch, capsys):
     assert [len(line["seconds"]) for line in lines[::3]] == [3, 3 * bench_generate.BURST, 3 * bench_generate.BURST]
     cosines = [line["note"].split(" ")[-1] for line in lines if line["note"]]
     assert cosines == ["0.5000", "0.0000"] * 3
+
+
+def test_vision(rng):
+    """The tower over tensors in the place of a checkpoint's gives what the oracle gives; the work by hand."""
+    config = Config.from_dict(preset_config("tiny"))
+    names = {name: shape for name, (shape, _) in expected_tensors(config).items() if name.startswith(("vis", "mm_"))}
+    tensors = {name: bench_vision._random(name, shape) for name, shape in names.items()}
+    grid, patches = (3, 4, 6), rng.integers(0, 256, (72, 588), np.uint8)
+    features = bench_vision._ours("cpu", config.vision_config, tensors, patches, grid)()
+    expected = reference.vision.encode(tensors, config.vision_config, patches / 127.5 - 1, grid)
+    assert harness.relative_error(features, expected) < 1e-5
+    products, pairs, projector = 10764 * (4 * 1152**2 + 2 * 1152 * 4304), 2 * 10764**2 * 1152, 2691 * 4608 * 11776
+    work = 2 * (10764 * 588 * 1152 + 27 * (products + pairs) + projector)
+    assert bench_vision.operations(bench_vision.GRIDS["1920x1080"], 27) == work
 
 
 def test_list(monkeypatch, capsys):

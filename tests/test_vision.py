@@ -108,8 +108,8 @@ def test_groups_of_items_rows_and_heads_leave_the_bits(model, monkeypatch):
     items = [item for item in ITEMS if len(item.patches) > 8]
     whole, calls = model.encode(items), []
     monkeypatch.setattr(vision, "GROUP", 256)
-    monkeypatch.setattr(model, "rows", 19)
-    monkeypatch.setattr(model, "heads", 2)
+    monkeypatch.setattr(model, "rows", 100)
+    monkeypatch.setattr(model, "head_rows", 600)
     pieces = model.encode(items, lambda *progress: calls.append(progress))
     assert all(map(same_bits, pieces, whole))
     depth, patches = len(model.blocks), sum(len(item.patches) for item in items)

@@ -7,7 +7,6 @@ Source: Kimi Team 2025, arXiv 2504.07491 (MoonViT), and 2026, arXiv 2602.02276.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,10 @@ from kimi_native.placement import Weights
 
 EPS = 1e-5  # of the tower's norms
 GROUP = 16384  # patches that go through the layers together; a larger item goes alone
-HEADS = 4  # that attend together on the CPU, if they divide the number of heads: their keys and values stay small
-ROWS, GPU_ROWS = 1024, 16384  # patches that pass from one attention to the next together: what is wider stays small
+# What is wider than the residual stream stays small on the CPU: patches that pass from one attention to the next
+# together, and those times the heads that attend together.
+ROWS, GPU_ROWS = 512, 16384
+HEAD_ROWS, GPU_HEAD_ROWS = 36864, 2**20
 TABLE_ROWS = 16  # of the grid, that are resampled together
 
 
@@ -132,9 +133,9 @@ class VisionModel:
         self.patch_embed = Linear(tower, "patch_embed.proj", 3 * P * P, H, shape=(H, 3, P, P))
         self.place = array_module(self.patch_embed.weight).asarray
         if on_gpu(self.patch_embed.weight):
-            self.dtype, self.rows, self.heads = bfloat16, GPU_ROWS, c.vt_num_attention_heads
+            self.dtype, self.rows, self.head_rows = bfloat16, GPU_ROWS, GPU_HEAD_ROWS
         else:
-            self.dtype, self.rows, self.heads = np.float32, ROWS, gcd(HEADS, c.vt_num_attention_heads)
+            self.dtype, self.rows, self.head_rows = np.float32, ROWS, HEAD_ROWS
         # Stays in host memory, where it is resampled.
         table = c.init_pos_emb_height, c.init_pos_emb_width, H
         self.pos_emb = weights.checkpoint.tensor(f"{tower.prefix}patch_embed.pos_emb.weight", table, "BF16")
@@ -199,8 +200,9 @@ class VisionModel:
         (T, H), N, put = x.shape, self.config.vt_num_attention_heads, self.place
         tables = np.concatenate([_rotation(*item.grid, H // N) for item in items], axis=1)
         rotation = put(tables[0]), put(tables[1]), put(np.arange(T, dtype=np.int32))
+        n = max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * T <= self.head_rows))
         step = Step(
-            qkv=empty(x, T, 3, H // N * self.heads, dtype=self.dtype),
+            qkv=empty(x, T, 3, n * H // N, dtype=self.dtype),
             attended=empty(x, T, H, dtype=self.dtype),
             rotation=rotation,
             cu_seqlens=put(np.array(cu_seqlens, np.int32)),
@@ -214,7 +216,7 @@ class VisionModel:
         """What the last block made of an item, float32 [t * gh * gw, H], to its rows [tokens, text_hidden_size]."""
         frames = x.reshape(t, gh, gw, -1)
         out = empty(x, gh * gw // 4, self.config.text_hidden_size, dtype=self.dtype)
-        for band in _pieces(gh // 2, max(1, 2 * self.rows // gw)):
+        for band in _pieces(gh // 2, max(1, self.rows // gw)):
             summed = self._merge(frames[:, 2 * band.start : 2 * band.stop])
             self.mm_projector.forward(summed, t, out[band.start * gw // 2 : band.stop * gw // 2])
         return out
