@@ -25,7 +25,9 @@ from kimi_native.ops import _array, _cublas
 from kimi_native.ops import gpu as gpu_module
 from kimi_native.placement import check_memory
 from kimi_native.tiny_config import published_config
+from media_items import random_item
 from reference import model as reference
+from reference import vision
 
 _E = pytest.importorskip("kimi_native._E", reason="the extension _E, the emulator, is not built")
 
@@ -69,6 +71,8 @@ BF16_MODEL = 8e-2
 # Between two ways through our own kernels, which round at the same places but sum in another order: one bit of bf16
 # here and there, carried through three layers. Of the median row; 0.032 were seen.
 SAME_ROUNDING = 4e-2
+BF16_ROWS = 3e-2  # of media; transformers in bf16 is as far away from its float64
+MEDIA_ROUTER = 2e-2  # as ROUTER, for tokens of media; 0.0073 were seen, where text has 0.0013
 ROUTER = 5e-3  # how far rounding moves sigmoid + bias; experts that are closer may be turned. 0.0013 were seen
 TURNED = 0.1  # of the tokens, in one layer or more
 
@@ -325,6 +329,50 @@ def test_a_read_within_a_capture_is_refused(gpu, folder, monkeypatch):
         model.forward(TOKENS[10:11], cache)
     assert cache.token_ids == TOKENS[:10] and gpu.current is gpu.null
     assert np.isfinite(model.forward(TOKENS[10:11], cache).get()).all()
+
+
+# Media
+
+
+def test_rows_in_place_of_placeholders(gpu, folder, monkeypatch):
+    """Rows that are the embeddings of text give the bits of that text, across chunks and in a step of one token, which
+    goes without the graph."""
+    model = kn.load(folder, device="cuda")
+    pad, (begin, end) = model.config.media_placeholder_token_id, (5, 60)
+    rows = gpu_module.put(model.embed_tokens[TOKENS[begin:end]])
+    tokens = [*TOKENS[:begin], *[pad] * (end - begin), *TOKENS[end:80]]
+    for size in (2048, 13):
+        monkeypatch.setattr(model_module, "GPU_PREFILL_CHUNK", size)
+        logits = model.forward(tokens, model.new_cache(100), media=[rows]).get()
+        assert same_bits(logits, model.forward(TOKENS[:80], model.new_cache(100)).get())
+    cache = model.new_cache(100)
+    model.forward(tokens, cache, media=[rows])
+    one = model.forward([pad], cache, media=[rows[:1]]).get()
+    assert gpu.captured == 0
+    cache.truncate(80)
+    assert_near(one, model.forward([TOKENS[begin]], cache).get(), SAME_ROUNDING)
+    assert gpu.captured == 1
+    with pytest.raises(ValueError, match=r"media\[0\] is float32 .*, expected a MediaItem or rows of bfloat16"):
+        model.forward([pad], cache, media=[np.zeros((1, 128), np.float32)])
+
+
+def test_logits_of_media(place, folder, monkeypatch):
+    """An image and a chunk of video: rows as the oracle's, logits as the reference's with these rows and experts."""
+    model, rng = kn.load(folder, device="cuda"), np.random.default_rng(5)
+    media = [random_item(rng, 6, 10), random_item(rng, 4, 8, 3, "00:00:00.000")]
+    tensors, c = tensors_of(folder), model.config
+    pad = c.media_placeholder_token_id
+    tokens = [*TOKENS[:9], *[pad] * 15, *TOKENS[9:12], *[pad] * 8, *TOKENS[12:30]]
+    routes = Routes(monkeypatch, sum(isinstance(layer.mlp, model_module.MoE) for layer in model.layers))
+    logits = model.forward(tokens, model.new_cache(100), media=media).get()
+    routes.collect()
+    rows = [np.float64(row.get().astype(np.float32)) for row in model.encode_media(media)]
+    for row, item in zip(rows, media, strict=True):
+        oracle = vision.encode(tensors, c.vision_config, item.normalised(0, len(item.patches)), item.grid)
+        assert np.abs(row - oracle).max() / oracle.std() < BF16_ROWS
+    behind = reference_with(monkeypatch, routes.ids())
+    assert_near(logits, reference.logits(tensors, c.text_config, tokens, pad, rows), BF16_MODEL)
+    assert np.max(behind) < MEDIA_ROUTER
 
 
 # Uploads

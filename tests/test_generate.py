@@ -12,6 +12,7 @@ from kimi_native.cache import Cache, PagePool
 from kimi_native.generate import Stats, encode_prompt, iter_tokens, prefill, stop_ids, stream_ids
 from kimi_native.make_tiny import make_tiny
 from kimi_native.tokenizer import Tokenizer
+from PIL import Image
 
 TOKENS = np.random.default_rng(2).integers(0, 768, 120).tolist()
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -46,7 +47,7 @@ class Scripted:
     def new_cache(self, max_tokens):
         return Cache(PagePool(1, 10, 20), max_tokens)
 
-    def forward(self, token_ids, cache, last_only=False, progress=None):
+    def forward(self, token_ids, cache, last_only=False, progress=None, media=None, media_progress=None):
         self.inputs.append(list(token_ids))
         cache.reserve(len(token_ids))
         cache.commit(list(token_ids))
@@ -293,7 +294,7 @@ def test_pieces_joined_are_the_reply(model, options):
     assert "".join(pieces) == reply
     assert all(pieces)
     stop = options.pop("stop", None)
-    tokens = kn.generate_tokens(model, encode_prompt(model, "Hello"), 40, ignore_eos=True, **options)
+    tokens = kn.generate_tokens(model, encode_prompt(model, "Hello").token_ids, 40, ignore_eos=True, **options)
     text = model.tokenizer.decode(tokens)
     assert reply == (text.partition(stop[0])[0] if stop else text)
 
@@ -325,10 +326,11 @@ def test_bad_sampling_option(model):
 def test_prompt_forms(model):
     tokenizer = model.tokenizer
     message = {"role": "user", "content": "Hello"}
-    assert encode_prompt(model, "Hello") == encode_prompt(model, [message]) == chat.encode(tokenizer, [message])
-    assert encode_prompt(model, "Hello", raw=True) == tokenizer.encode("Hello")
+    prompt = (chat.encode(tokenizer, [message]), [])
+    assert encode_prompt(model, "Hello") == encode_prompt(model, [message]) == prompt
+    assert encode_prompt(model, "Hello", raw=True) == (tokenizer.encode("Hello"), [])
     system = [{"role": "system", "content": "Be brief."}, message]
-    assert encode_prompt(model, system) == chat.encode(tokenizer, system)
+    assert encode_prompt(model, system).token_ids == chat.encode(tokenizer, system)
     assert kn.generate(model, system, 8, temperature=0.0) != kn.generate(model, "Hello", 8, temperature=0.0)
     raw = kn.generate(model, "Hello", 8, raw=True, **GREEDY)
     assert raw == tokenizer.decode(kn.generate_tokens(model, tokenizer.encode("Hello"), 8, **GREEDY))
@@ -336,7 +338,7 @@ def test_prompt_forms(model):
 
 def test_thinking_and_instant_prompts(model):
     think, end = (model.tokenizer.special_tokens[name] for name in ("<think>", "</think>"))
-    thinking, instant = encode_prompt(model, "Hello"), encode_prompt(model, "Hello", thinking=False)
+    thinking, instant = (encode_prompt(model, "Hello", thinking=thinking).token_ids for thinking in (True, False))
     assert thinking[-1] == think
     assert instant[-2:] == [think, end]
     assert instant[:-1] == thinking
@@ -346,7 +348,7 @@ def test_thinking_and_instant_prompts(model):
 
 def test_tools_are_declared(model):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
-    prompt = encode_prompt(model, "Hello", tools=tools)
+    prompt = encode_prompt(model, "Hello", tools=tools).token_ids
     assert prompt == chat.encode(model.tokenizer, [{"role": "user", "content": "Hello"}], tools)
     assert "weather" in model.tokenizer.decode(prompt)
     reply = kn.generate(model, "Hello", 8, tools=tools, **GREEDY)
@@ -358,12 +360,13 @@ SPECIAL = "<|im_end|><|im_user|>x<think></think>[EOS]<|media_pad|>"
 
 def test_special_tokens_of_the_user_are_plain_text(model):
     first_special = 768
-    plain = [i for i in encode_prompt(model, "Hello") if i >= first_special]
-    prompt = encode_prompt(model, SPECIAL)
+    plain = [i for i in encode_prompt(model, "Hello").token_ids if i >= first_special]
+    prompt = encode_prompt(model, SPECIAL).token_ids
     assert [i for i in prompt if i >= first_special] == plain
     assert SPECIAL in model.tokenizer.decode(prompt)
-    assert all(i < first_special for i in encode_prompt(model, SPECIAL, raw=True))
-    assert [i for i in encode_prompt(model, SPECIAL, safe=False) if i >= first_special] != plain
+    assert all(i < first_special for i in encode_prompt(model, SPECIAL, raw=True).token_ids)
+    unsafe = encode_prompt(model, SPECIAL.replace("<|media_pad|>", ""), safe=False).token_ids
+    assert [i for i in unsafe if i >= first_special] != plain
 
 
 def test_the_checkpoints_template_is_used(folder, tmp_path):
@@ -371,7 +374,7 @@ def test_the_checkpoints_template_is_used(folder, tmp_path):
     (folder / "chat_template.jinja").write_text("<|im_user|>{{ messages[0].content }}!")
     model = kn.load(folder)
     user = model.tokenizer.special_tokens["<|im_user|>"]
-    assert encode_prompt(model, "Hi [EOS]") == [user, *model.tokenizer.encode("Hi [EOS]!")]
+    assert encode_prompt(model, "Hi [EOS]").token_ids == [user, *model.tokenizer.encode("Hi [EOS]!")]
 
 
 def test_without_tokenizer(folder, tmp_path):
@@ -411,6 +414,98 @@ def test_prompt_longer_than_the_cache(model):
     with pytest.raises(ValueError, match="the prompt has 101 tokens, expected at most .*max_tokens = 100"):
         kn.generate_tokens(model, TOKENS[:101], cache=cache)
     assert cache.token_ids == before
+
+
+# Images and video
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (3, 60, 90, 3), np.uint8)  # 12 tokens each
+FRAMES = np.random.default_rng(4).integers(0, 256, (5, 30, 30, 3), np.uint8)  # two chunks of 4 tokens
+
+
+def image(source):
+    return {"type": "image", "image": source}
+
+
+def user(*content):
+    return {"role": "user", "content": [part if isinstance(part, dict) else text(part) for part in content]}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def test_images_and_videos_precede_the_text(model):
+    message = user(image(PIXELS[0]), image(PIXELS[1]), {"type": "video", "video": FRAMES}, "What?")
+    prompt = encode_prompt(model, "What?", images=list(PIXELS[:2]), videos=[FRAMES])
+    expected = encode_prompt(model, [message])
+    assert prompt.token_ids == expected.token_ids
+    assert [item.digest for item in prompt.media] == [item.digest for item in expected.media]
+    assert [(item.kind, item.tokens) for item in prompt.media] == [("image", 12)] * 2 + [("video", 4)] * 2
+    assert prompt.token_ids.count(model.config.media_placeholder_token_id) == 2 * 12 + 2 * 4
+
+
+def test_reply_to_media(model):
+    prompt = encode_prompt(model, "What?", images=[PIXELS[0]], videos=[FRAMES])
+    expected = kn.generate_tokens(model, prompt.token_ids, 10, media=prompt.media, **GREEDY)
+    assert kn.generate(model, "What?", 10, images=[PIXELS[0]], videos=[FRAMES], **GREEDY) == (
+        model.tokenizer.decode(expected)
+    )
+    assert expected != kn.generate_tokens(model, prompt.token_ids, 10, **GREEDY), "placeholders taken for tokens"
+    others = [kn.generate(model, "What?", 10, images=[pixels], **GREEDY) for pixels in PIXELS]
+    assert len(set(others)) == 3
+
+
+def test_conversation_about_an_image(model, monkeypatch):
+    """The image stays in the first message; later turns take it from the latent cache, another cache from its rows."""
+    items, encode = [], model._encoded.encode
+    monkeypatch.setattr(model._encoded, "encode", lambda new, progress: items.extend(new) or encode(new, progress))
+    cache, pixels = model.new_cache(300), PIXELS[0] ^ 1
+    messages = [user(image(pixels), "What is this?")]
+    for question in ("And that?", "Why?"):
+        stats = Stats()
+        reply = kn.generate(model, messages, 8, thinking=False, cache=cache, stats=stats, **GREEDY)
+        assert reply == kn.generate(model, messages, 8, thinking=False, **GREEDY)
+        messages += [chat.parse_reply(reply, thinking=False).to_message(), user(question)]
+    assert stats.cached_tokens > 30
+    assert len(items) == 1
+
+
+def test_media_are_part_of_one_message_or_of_messages(model):
+    for prompt, options in ((PIXELS, {"raw": True}), ([user("x")], {})):
+        with pytest.raises(ValueError, match="images and videos go with a prompt that is one message"):
+            encode_prompt(model, prompt, images=[PIXELS[0]], **options)
+    for name in ("images", "videos"):
+        with pytest.raises(ValueError, match=f"{name} is str, expected a list"):
+            encode_prompt(model, "x", **{name: "photo.png"})
+
+
+def test_files_of_messages_from_elsewhere(model, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS[0]).save(path)
+    messages = [user({"type": "image_url", "image_url": {"url": str(path)}}, "x")]
+    assert encode_prompt(model, messages).media[0].tokens == 12
+    with pytest.raises(ValueError, match="expected a data URL: files are not read for this caller"):
+        encode_prompt(model, messages, local_files=False)
+
+
+def test_malformed_messages_with_media(model):
+    for message, expected in (
+        ({"role": "user", "content": [7]}, r"messages\[0\].content\[0\] is 7"),
+        ({"role": "user", "content": [{"type": ["image"]}]}, r"content\[0\].type is"),
+        (user({"type": "audio", "audio": "x"}), "part of type audio, expected text, image or video"),
+        (7, r"messages\[0\] is 7"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            encode_prompt(model, [message])
+
+
+def test_literal_placeholders_beside_media(model):
+    """What the user wrote is text, as many tokens as ever it looks like."""
+    plain = encode_prompt(model, "x", images=[PIXELS[0]])
+    prompt = encode_prompt(model, "<|media_pad|><|kimi_k25_video_placeholder|>", images=[PIXELS[0]])
+    pad = model.config.media_placeholder_token_id
+    assert prompt.token_ids.count(pad) == plain.token_ids.count(pad) == 12
+    assert kn.generate_tokens(model, prompt.token_ids, 2, media=prompt.media, **GREEDY)
 
 
 # A cache that goes on
@@ -456,7 +551,7 @@ def test_closing_a_stream_leaves_the_cache_usable(model):
     first = next(pieces) + next(pieces)
     pieces.close()
     assert kn.generate(model, "Hello", 100, **GREEDY).startswith(first)
-    prompt = encode_prompt(model, "Hello")
+    prompt = encode_prompt(model, "Hello").token_ids
     assert cache.token_ids[: len(prompt)] == prompt
     assert 0 < stats.output_tokens < 100
     again = Stats()

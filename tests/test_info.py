@@ -50,7 +50,16 @@ def test_published_config_alone(tmp_path, capsys):
     check_published(description)
     show(description)
     printed = capsys.readouterr().out
-    for text in ["1,026,879,376,368", "595,148,192,736", "554.275", "31,687,095,808", "70,272", "262,144", "kimi_k25"]:
+    for text in [
+        "1,026,879,376,368",
+        "595,148,192,736",
+        "554.275",
+        "31,687,095,808",
+        "70,272",
+        "262,144",
+        "kimi_k25",
+        "27 layers of width 1,152, a token for 28 x 28 pixels",
+    ]:
         assert text in printed
     assert "no safetensors file" in printed
 
@@ -80,13 +89,21 @@ def header_size(file):
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-def test_bf16_and_text_only(tmp_path):
+def test_bf16_and_text_only(tmp_path, capsys):
     plain = describe(make_tiny(tmp_path / "bf16", "tiny-k2", experts="bf16"))
     packed = describe(make_tiny(tmp_path / "int4", "tiny-k2"))
     assert (plain.quantization, plain.missing, plain.unexpected) == ("none", (), ())
     assert plain.parameters == packed.parameters and plain.active_parameters == packed.active_parameters
     assert plain.bytes > packed.bytes and plain.bytes_per_token > packed.bytes_per_token
     assert "vision tower" not in parts(packed)
+    show(packed)
+    assert "none: the config has no vision_config" in capsys.readouterr().out
+
+
+def test_checkpoint_without_a_tower(tiny, capsys):
+    edit_index(tiny, lambda names: [names.pop(name) for name in list(names) if name.startswith("vision_tower.")])
+    show(describe(tiny))
+    assert "none: the checkpoint has no vision_tower tensors" in capsys.readouterr().out
 
 
 def edit_shard(file, edit):

@@ -1,6 +1,7 @@
 """The command line: main([...]) in this process, and `python -m kimi_native` where signals and pipes matter."""
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -9,8 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
+import av
 import kimi_native as kn
+import numpy as np
 import pytest
 from kimi_native import __main__ as cli
 from kimi_native import chat, ops
@@ -18,6 +22,8 @@ from kimi_native.checkpoint import Checkpoint
 from kimi_native.generate import encode_prompt
 from kimi_native.make_tiny import make_tiny
 from kimi_native.tiny_config import published_config
+from media_items import random_item
+from PIL import Image
 
 GREEDY = ["--temperature", "0"]
 
@@ -78,12 +84,14 @@ SAMPLING += [
 ]
 HELP = {
     (): ["generate", "chat", "info", "make-tiny", "kimi-native make-tiny tiny"],
-    ("generate",): ["--model", "--raw", "--system", *SAMPLING, "prompt"],
+    ("generate",): ["--model", "--image", "--video", "--raw", "--system", *SAMPLING, "prompt"],
     ("chat",): [
         "--model",
         "--context",
         "--system",
         *SAMPLING,
+        "/image PATH",
+        "/video PATH",
         "/clear",
         "/think",
         "/instant",
@@ -123,7 +131,7 @@ def test_generate(run, model, folder):
     status, out, err = run("generate", "--model", folder, "Hello", "--max-new-tokens", 30, "--seed", 3)
     assert status == 0
     assert out == kn.generate(model, "Hello", 30, seed=3, temperature=1.0, top_p=0.95) + "\n"
-    prompt = len(encode_prompt(model, "Hello"))
+    prompt = len(encode_prompt(model, "Hello").token_ids)
     assert re.search(rf"prompt {prompt} tokens, [\d.]+ tokens/s \| output \d+ tokens, [\d.]+ tokens/s", err)
 
 
@@ -166,7 +174,7 @@ def test_generate_options_reach_the_sampler(run, folder, monkeypatch):
     model = seen.pop("model")
     assert model.cache_dtype == "float32" and model.lm_head.parts[0][0] is ops.gemm_int8
     assert model.layers[-1].mlp.activations == "float32"
-    assert callable(seen.pop("progress"))
+    assert callable(seen.pop("progress")) and callable(seen.pop("media_progress"))
     assert seen.pop("stats").output_tokens == 0
     assert seen == {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
@@ -208,6 +216,106 @@ def test_generate_stops_at_a_string(run, model, folder):
     stop = reply[8:10]
     out = run("generate", "--model", folder, "Hello", "--max-new-tokens", 30, "--seed", 3, "--stop", stop)[1]
     assert out == reply[: reply.index(stop)] + "\n"
+
+
+# Images and video
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """60 x 90 pixels, 12 tokens."""
+    path = tmp_path_factory.mktemp("main") / "a photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A film of 3 s, two chunks of 4 tokens."""
+    path = tmp_path_factory.mktemp("main") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for shade in range(0, 240, 20):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((48, 48, 3), shade, np.uint8), format="rgb24"))
+            )
+        container.mux(stream.encode())
+    return path
+
+
+def test_generate_with_media(run, model, folder, photo, clip):
+    """In the order of the command line, before the text."""
+    options = ["What is this?", "--max-new-tokens", 12, *GREEDY]
+    out = run("generate", "--model", folder, "--video", clip, "--image", photo, "--image", photo, *options)[1]
+    parts = [{"type": "video", "video": clip}, *[{"type": "image", "image": photo}] * 2]
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}
+    assert out == kn.generate(model, [message], 12, temperature=0.0) + "\n"
+    assert out != kn.generate(model, "What is this?", 12, temperature=0.0) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_generate_with_media_as_a_module(model, folder, photo, clip, kind):
+    path, prompt = {"image": photo, "video": clip}[kind], "What is this?"
+    arguments = command("generate", "--model", folder, f"--{kind}", path, prompt, "--max-new-tokens", 12, *GREEDY)
+    result = subprocess.run(arguments, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    expected = kn.generate(model, prompt, 12, temperature=0.0, **{f"{kind}s": [path]})
+    assert result.stdout.decode() == expected + "\n"
+    tokens = len(encode_prompt(model, prompt, **{f"{kind}s": [path]}).token_ids)
+    assert f"prompt {tokens} tokens".encode() in result.stderr
+
+
+def test_generate_with_media_and_a_system_message(run, model, folder, photo):
+    options = ["Hi", "--max-new-tokens", 8, *GREEDY]
+    out = run("generate", "--model", folder, "--system", "Be brief.", "--image", photo, *options)[1]
+    content = [{"type": "image", "image": photo}, {"type": "text", "text": "Hi"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    assert out == kn.generate(model, messages, 8, temperature=0.0) + "\n"
+
+
+def test_generate_with_media_that_cannot_be_read(run, folder, photo, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo.read_bytes()[:100])
+    for path in (broken, tmp_path / "missing.png", tmp_path):
+        assert_refused(run("generate", "--model", folder, "--image", path, "Hi"), str(path))
+    for path in (photo, tmp_path / "missing.mp4"):
+        assert_refused(run("generate", "--model", folder, "--video", path, "Hi"), str(path))
+    assert_refused(run("generate", "--model", folder, "--image", "https://example.org/a.png", "Hi"), "example.org")
+    assert_refused(run("generate", "--model", folder, "--raw", "--image", photo, "Hi"), "--raw", "--image")
+
+
+def test_media_for_a_model_without_a_tower(run, photo, tmp_path):
+    folder = make_tiny(tmp_path / "k2", "tiny-k2")
+    assert_refused(run("generate", "--model", folder, "--image", photo, "Hi"), "takes no images or video")
+    status, out, err = run("chat", "--model", folder, stdin=f"/image {photo}\n")
+    assert status == 0 and "takes no images or video" in err
+
+
+def test_label_of_encoding():
+    rng = np.random.default_rng(0)
+    images, clip = [random_item(rng, 56, 74), random_item(rng, 2, 2)], [random_item(rng, 4, 6, 1, "00:00:00.000")]
+    media = [images[0], *clip, images[1]]
+    assert cli.encoding_label(images[:1], media) == "encoding image 1 of 2: 1,036 tokens"
+    assert cli.encoding_label(images[1:], media) == "encoding image 2 of 2: 1 tokens"
+    assert cli.encoding_label(images, media) == "encoding images 1 to 2 of 2: 1,037 tokens"
+    assert cli.encoding_label(clip, media) == "encoding video chunk 1 of 1: 6 tokens"
+    assert cli.encoding_label([*clip, images[1]], media) == "encoding items 2 to 3 of 3: 7 tokens"
+    assert cli.encoding_label(images[:1], images[:1] * 2) == "encoding images 1 to 2 of 2: 1,036 tokens"
+
+
+def test_the_bar_says_what_is_encoded(run, folder, photo, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def progress_bar(label):
+        yield lambda done, total, label=label: seen.append((label, done, total))
+
+    monkeypatch.setattr(cli, "progress_bar", progress_bar)
+    assert run("generate", "--model", folder, "--image", photo, "Hi", "--max-new-tokens", 2)[0] == 0
+    labels = [label for label, _ in itertools.groupby(label for label, _, _ in seen)]
+    assert labels == ["loading", "encoding image 1 of 1: 12 tokens", "prompt"]
+    assert all(done <= total for _, done, total in seen)
 
 
 def test_threads(run, folder):
@@ -363,7 +471,7 @@ def talk(run, folder, *lines, options=()):
 def expected_reply(model, messages, thinking=True):
     """(prompt length, message) of the greedy reply."""
     reply = kn.generate(model, messages, 20, thinking=thinking, temperature=0.0)
-    return len(encode_prompt(model, messages, thinking=thinking)), chat.parse_reply(reply, thinking=thinking)
+    return len(encode_prompt(model, messages, thinking=thinking).token_ids), chat.parse_reply(reply, thinking=thinking)
 
 
 def shown(reply):
@@ -459,6 +567,32 @@ def test_chat_shows_tool_calls(run, folder, monkeypatch):
     out = talk(run, folder, "Hello")[1]
     assert out.startswith("> Let me see.")
     assert '[weather {"city": ["Oslo"]}]' in out
+
+
+def test_chat_with_an_image(run, model, folder, photo, clip):
+    """It goes with the next message and stays in the conversation, whatever becomes of its file."""
+    parts = [{"type": "image", "image": photo}, {"type": "video", "video": clip}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Hello"}]}]
+    first_length, first = expected_reply(model, messages)
+    messages += [first.to_message(), user("And now?")]
+    second_length, second = expected_reply(model, messages)
+    status, out, summaries = talk(run, folder, f"/image {photo}", f"/video  {clip} ", "Hello", "And now?")
+    assert status == 0
+    assert out == f"> > > {shown(first)}\n> {shown(second)}\n> \n"
+    assert [int(length) for length, _ in summaries] == [first_length, second_length]
+    assert int(summaries[1][1]) >= first_length - 1, "the image is in the cache"
+
+
+def test_chat_with_an_image_that_cannot_be_read(run, model, folder, photo, tmp_path):
+    """The session goes on; what cannot be read is not attached, nor is anything after /clear."""
+    reply = expected_reply(model, [user("Hello")])[1]
+    lines = [f"/image {tmp_path / 'missing.png'}", f"/video {photo}", "/image", f"/image {photo}", "/clear", "Hello"]
+    arguments = ["chat", "--model", folder, "--max-new-tokens", 20, *GREEDY]
+    status, out, err = run(*arguments, stdin="".join(f"{line}\n" for line in lines))
+    assert status == 0
+    assert out == f"> > > {cli.CHAT_HELP}\n> > > {shown(reply)}\n> \n"
+    assert str(tmp_path / "missing.png") in err and f"{photo}: 12 tokens" in err
+    assert "Traceback" not in err
 
 
 # chat with Ctrl-C

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, CSRC = ROOT / "python" / "kimi_native", ROOT / "csrc"
 
 # Leaves may be imported from anywhere and import leaves only.
-LEAVES = {"checkpoint", "chat", "config", "info", "make_tiny", "media", "tokenizer", "tool_schema"}
+LEAVES = {"checkpoint", "chat", "chat_media", "config", "info", "make_tiny", "media", "tokenizer", "tool_schema"}
 LEAVES |= {"tiny_bpe", "tiny_config"}  # parts of make_tiny
 
 # module -> what it may import beside leaves; also what those may import, except _C
@@ -24,8 +24,9 @@ ARROWS = {
     "train": {"ops"},
     "placement": {"ops"},
     "expert_cache": {"placement"},
+    "splice": {"ops"},
     "step": {"cache"},
-    "model": {"cache", "expert_cache", "placement", "sampling", "step", "vision"},
+    "model": {"cache", "expert_cache", "placement", "sampling", "splice", "step", "vision"},
     "generate": {"model"},
     "engine": {"model"},
     "serve": {"generate", "engine"},

@@ -4,38 +4,43 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kimi_native import chat, ops
+from kimi_native.chat_media import media_parts, read_media
 from kimi_native.generate import Stats, check_limits, encode_prompt, stream, stream_ids
 from kimi_native.info import describe, show
 from kimi_native.make_tiny import PRESETS, make_tiny
+from kimi_native.media import MediaItem
 from kimi_native.model import Model
 from kimi_native.sampling import SamplingParams
 
 ERR = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-CHAT_HELP = """/clear     forget the conversation
-/think     reason before answering (the model's default)
-/instant   answer at once
-/help      this list
-/exit      leave (also Ctrl-D); Ctrl-C stops a reply and keeps the conversation"""
+CHAT_HELP = """/image PATH   show an image with the next message
+/video PATH   the same with a video, or a folder of its frames
+/clear        forget the conversation
+/think        reason before answering (the model's default)
+/instant      answer at once
+/help         this list
+/exit         leave (also Ctrl-D); Ctrl-C stops a reply and keeps the conversation"""
 
 
 @contextmanager
 def progress_bar(label: str):
-    """Yields progress(done, total); the bar appears on stderr once the work has taken a second."""
-    columns = TextColumn(label), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    """Yields progress(done, total, label); the bar appears on stderr once the work has taken a second."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=ERR, transient=True)
     task, due = bar.add_task(label, total=None), time.monotonic() + 1
 
-    def update(done: int, total: int) -> None:
+    def update(done: int, total: int, label: str = label) -> None:
         nonlocal due
         if time.monotonic() > due:
             bar.start()
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, description=label)
             due += 0.1
 
     try:
@@ -166,11 +171,16 @@ def load(args) -> Model:
 def run_generate(args) -> None:
     model, stats = load(args), Stats()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if args.system is not None and not args.raw:
-        prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": prompt}]
+    media = [media_part(model, kind, path) for kind, path in args.media]
+    if not args.raw:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        prompt = [*system, user_message(media, prompt)]
+    elif media:
+        raise ValueError("--raw continues plain text, which has no place for --image or --video; leave out one of them")
     try:
         pieces = prompt_bar(
-            lambda progress: stream(
+            media,
+            lambda **progress: stream(
                 model,
                 prompt,
                 args.max_new_tokens,
@@ -178,9 +188,9 @@ def run_generate(args) -> None:
                 raw=args.raw,
                 thinking=not args.instant,
                 stats=stats,
-                progress=progress,
+                **progress,
                 **sampling_options(args),
-            )
+            ),
         )
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -195,10 +205,37 @@ def show_summary(model: Model, stats: Stats) -> None:
     ERR.print(stats.summary() + experts, style="dim")
 
 
-def prompt_bar(start):
-    """The pieces of start(progress), with a progress bar until the first of them is there."""
+def media_part(model: Model, kind: str, path: str) -> dict:
+    """The file as a part of a message, read now: what becomes of it until the message is sent does not matter."""
+    model.check_vision()
+    part = {"type": kind, kind: str(Path(path).expanduser())}
+    (items,) = read_media([{"content": [part]}], model.media_processor, local_files=True)
+    return {"type": kind, kind: items}
+
+
+def user_message(media: list[dict], text: str) -> dict:
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}] if media else text}
+
+
+def encoding_label(new: list[MediaItem], media: list[MediaItem]) -> str:
+    """As in "encoding image 1 of 2: 1,036 tokens"; a video counts by its chunks."""
+    kinds, digests = {item.kind for item in new}, {item.digest for item in new}
+    name = {("image",): "image", ("video",): "video chunk"}.get(tuple(kinds), "item")
+    asked = [item.digest in digests for item in media if item.kind in kinds]
+    first, last = asked.index(True) + 1, len(asked) - asked[::-1].index(True)
+    which = f"{name} {first}" if first == last else f"{name}s {first} to {last}"
+    return f"encoding {which} of {len(asked)}: {sum(item.tokens for item in new):,} tokens"
+
+
+def prompt_bar(parts: list[dict], start):
+    """The pieces of start(progress=, media_progress=), with a progress bar until the first of them is there."""
+    media = [item for part in parts for item in part[part["type"]]]
     with progress_bar("prompt") as progress:
-        pieces = start(progress)
+
+        def media_progress(items, done, total):
+            progress(done, total, encoding_label(items, media))
+
+        pieces = start(progress=progress, media_progress=media_progress)
         first = next(pieces, "")
     yield first
     yield from pieces
@@ -241,7 +278,7 @@ class Session:
         self.clear()
 
     def clear(self) -> None:
-        system = self.args.system
+        system, self.attached = self.args.system, []
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
     def command(self, line: str) -> None:
@@ -249,17 +286,29 @@ class Session:
             self.clear()
         elif line in ("/think", "/instant"):
             self.thinking = line == "/think"
+        elif line.startswith(("/image ", "/video ")):
+            command, _, path = line.partition(" ")
+            self.attach(command[1:], path.strip())
         else:
             print(CHAT_HELP)
 
+    def attach(self, kind: str, path: str) -> None:
+        try:
+            part = media_part(self.model, kind, path)
+        except (ValueError, OSError) as error:
+            ERR.print(str(error), style="red")
+            return
+        self.attached.append(part)
+        tokens = sum(item.tokens for item in part[kind])
+        ERR.print(f"{path}: {tokens:,} tokens, shown with your next message", style="dim")
+
     def reply(self, text: str) -> None:
         """Stream the answer to one message. Broken off by Ctrl-C, what was said so far stays in the conversation."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages, self.attached = [*self.messages, user_message(self.attached, text)], []
         stats, reply = Stats(), chat.Reply()
         parser = chat.ReplyParser(thinking=self.thinking)
         try:
-            token_ids = encode_prompt(self.model, messages, thinking=self.thinking)
-            for piece in self._pieces(token_ids, stats):
+            for piece in self._pieces(messages, stats):
                 self._show(parser.push(piece), reply)
         except KeyboardInterrupt:
             ERR.print("(stopped)", style="dim")
@@ -271,18 +320,21 @@ class Session:
         show_summary(self.model, stats)
         self.messages = [*messages, reply.to_message()]
 
-    def _pieces(self, token_ids, stats: Stats):
+    def _pieces(self, messages: list[dict], stats: Stats):
+        prompt = encode_prompt(self.model, messages, thinking=self.thinking)
         return prompt_bar(
-            lambda progress: stream_ids(
+            [part for _, part in media_parts(messages)],
+            lambda **progress: stream_ids(
                 self.model,
-                token_ids,
+                prompt.token_ids,
                 self.args.max_new_tokens,
                 stop=self.args.stop,
                 cache=self.cache,
                 stats=stats,
-                progress=progress,
+                media=prompt.media,
+                **progress,
                 **sampling_options(self.args),
-            )
+            ),
         )
 
     def _show(self, events, reply: chat.Reply) -> None:
@@ -319,6 +371,24 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("generate", help="answer one prompt", description="Stream the reply to one prompt.")
     p.add_argument("prompt", help='a user message; "-" reads it from standard input')
+    p.add_argument(
+        "--image",
+        dest="media",
+        action="append",
+        type=lambda path: ("image", path),
+        default=[],
+        metavar="PATH",
+        help="show the model an image before the prompt; may be given several times, as may --video",
+    )
+    p.add_argument(
+        "--video",
+        dest="media",
+        action="append",
+        type=lambda path: ("video", path),
+        default=[],
+        metavar="PATH",
+        help="the same with a video file, or a folder of its frames; two frames a second are shown",
+    )
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     add_generation_options(p)
@@ -373,6 +443,7 @@ def parser() -> argparse.ArgumentParser:
 EXAMPLES = """examples:
   kimi-native make-tiny tiny                          a random checkpoint in the published layout
   kimi-native generate --model tiny "Hello"           one reply
+  kimi-native generate --model /models/Kimi-K2.5 --image photo.jpg "What is this?"
   kimi-native chat --model /models/Kimi-K2.5          a conversation
   kimi-native chat --model /models/Kimi-K2.5 --device cuda --experts cpu
                                                       the same, attention on the GPU

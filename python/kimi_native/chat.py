@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn, Protocol
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kimi_native.chat_media import expand, without_source
+from kimi_native.media import MediaItem
 from kimi_native.tool_schema import to_typescript
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
@@ -63,20 +65,27 @@ def encode(
     preserve_thinking: bool = False,
     template: str | None = None,
     safe: bool = True,
+    media: Sequence[Sequence[MediaItem]] | None = None,
 ) -> list[int]:
     """The prompt of `render` as token ids.
 
+    media: the items of each image and video of the messages, as `chat_media.read_media` returns them: placeholders are
+    then repeated for each of their tokens. None leaves the prompt as the template writes it.
     In safe mode the name of a special token counts only where the template itself wrote its first and last
     character. Within messages and tools it is plain text, and a role with such a character is a ValueError.
-    Otherwise every name becomes its id, whoever wrote it, as in the published tokenizer.
+    Otherwise every name becomes its id, whoever wrote it, as in the published tokenizer. The same holds for the
+    places of media. Raises ValueError as `render` does, and unless the prompt has a place for each of the media.
     """
     template = DEFAULT_TEMPLATE if template is None else template
     inputs = _inputs(messages, tools)
     options = _options(thinking, add_generation_prompt, preserve_thinking)
     if not safe:
-        return tokenizer.encode(_run(template, inputs | options), special=True)
+        prompt = _run(template, inputs | options)
+        return tokenizer.encode(prompt if media is None else expand(prompt, media), special=True)
     mark = _unused_character(inputs, template)
     prompt = _run(template, _marked(inputs, mark, _ends(tokenizer)) | options)
+    if media is not None:  # here the marks still tell the template's places from the caller's text
+        prompt = expand(prompt, media)
     ids: list[int] = []
     for piece in tokenizer.split_special(prompt):
         ids += [piece] if isinstance(piece, int) else tokenizer.encode(_unmarked(piece, mark))
@@ -96,9 +105,16 @@ def _inputs(messages: Sequence[Object], tools: Sequence[Object] | None) -> dict[
     """The variables of the template that hold strings of the caller."""
     for i, tool in enumerate(tools or []):
         _expect(isinstance(tool, Mapping), f"tools[{i}]", tool, "an object")
-    checked = [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    checked = [_for_template(message) for message in check_messages(messages)]
     tools = _sorted_keys(tools)
     return {"messages": checked, "tools": tools, "tools_ts_str": _typescript(tools) if tools else None}
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        message["content"] = [without_source(part) for part in content]
+    return message
 
 
 def _typescript(tools: Sequence[Object]) -> str | None:
@@ -120,6 +136,11 @@ def _sorted_keys(value: Any) -> Any:
 def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
     if not condition:
         raise ValueError(f"{where} is {found!r:.80}, expected {expected}")
+
+
+def check_messages(messages: Sequence[Object]) -> list[dict[str, Any]]:
+    """Copies of the messages without null keys, except a null content. Raises ValueError for a malformed one."""
+    return [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
 def _checked_message(message: Any, where: str) -> dict[str, Any]:

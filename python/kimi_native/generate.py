@@ -1,20 +1,26 @@
 """Generation for one sequence: token ids, text, streaming, stops."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kimi_native import chat
 from kimi_native.cache import Cache
+from kimi_native.chat_media import media_parts, read_media
+from kimi_native.media import MediaItem
 from kimi_native.model import Model
 from kimi_native.sampling import Sampler, SamplingParams
+from kimi_native.splice import cache_keys, find_spans
 
 STOP_TOKENS = ("<|im_end|>", "[EOS]", "[EOT]")
 
 
 @dataclass
 class Stats:
-    """What a generation took. Seconds are wall time; the cached part of the prompt is not computed again."""
+    """What a generation took. Seconds are wall time; the cached part of the prompt is not computed again. The prefill
+    includes encoding images and video.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -54,25 +60,30 @@ def stop_ids(model: Model) -> set[int]:
     return {model.config.eos_token_id} | {special[name] for name in STOP_TOKENS if name in special}
 
 
-def prefill(model: Model, token_ids, cache: Cache, progress: Callable[[int, int], None] | None = None):
-    """Bring the cache to hold token_ids, using what it already has of them.
+def prefill(model: Model, token_ids, cache: Cache, progress=None, media=None, media_progress=None):
+    """Bring the cache to hold token_ids, using what it already has of them, of each of the media all or nothing.
 
-    progress as in Model.forward. Returns the last token's logits, float32 [1, V], and how many tokens the cache had.
+    progress, media and media_progress as in Model.forward; media that the cache has are not encoded. Returns the last
+    token's logits, float32 [1, V], and how many tokens the cache had.
     """
     token_ids = list(token_ids)
     if not token_ids:
         raise ValueError("the prompt has no tokens, expected at least one")
+    spans = [] if media is None else find_spans(token_ids, model.config.media_placeholder_token_id, media)
     shared = 0
-    for ours, theirs in zip(cache.token_ids, token_ids[:-1], strict=False):
+    for ours, theirs in zip(cache.token_ids, cache_keys(token_ids, spans)[:-1], strict=False):
         if ours != theirs:
             break
         shared += 1
+    shared = min([shared, *(span.start for span in spans if span.stop > shared)])
     if len(token_ids) > cache.max_tokens:
         raise ValueError(
             f"the prompt has {len(token_ids)} tokens, expected at most the cache's max_tokens = {cache.max_tokens}"
         )
     cache.truncate(shared)
-    return model.forward(token_ids[shared:], cache, last_only=True, progress=progress), shared
+    new = None if media is None else [span.item for span in spans if span.start >= shared]
+    options = {"progress": progress, "media": new, "media_progress": media_progress}
+    return model.forward(token_ids[shared:], cache, last_only=True, **options), shared
 
 
 def iter_tokens(
@@ -84,14 +95,17 @@ def iter_tokens(
     ignore_eos: bool = False,
     stats: Stats | None = None,
     progress: Callable[[int, int], None] | None = None,
+    media: Sequence | None = None,
+    media_progress: Callable[[list[MediaItem], int, int], None] | None = None,
     **sampling,
 ) -> Iterator[int]:
     """Yield new token ids as they are drawn; a stop id ends the sequence and is not yielded.
 
     cache: continued if given; the part of token_ids that it already holds is not computed again. sampling: fields of
     SamplingParams. stats is set anew and filled in as generation goes on. progress(done, total) follows the prompt.
-    Raises ValueError for an empty prompt, an id out of range, or a prompt that leaves no room in context or cache,
-    RuntimeError if the GPU has no room for a cache of prompt and reply.
+    media, media_progress: as in Model.forward, for the placeholders of the whole prompt.
+    Raises ValueError for an empty prompt, an id out of range, media that do not fit the placeholders, or a prompt that
+    leaves no room in context or cache, RuntimeError if the GPU has no room for a cache of prompt and reply.
     """
     check_limits(max_new_tokens)
     params = SamplingParams(**sampling)
@@ -103,7 +117,7 @@ def iter_tokens(
         cache = model.new_cache(min(context, max(1, len(token_ids) + max_new_tokens)))
     started = time.perf_counter()
     vars(stats).update(vars(Stats(prompt_tokens=len(token_ids))))
-    logits, stats.cached_tokens = prefill(model, token_ids, cache, progress)
+    logits, stats.cached_tokens = prefill(model, token_ids, cache, progress, media, media_progress)
     stats.prefill_seconds = time.perf_counter() - started
     yield from _decode(model, logits, cache, max_new_tokens, ignore_eos, stats, Sampler(params, token_ids))
 
@@ -130,24 +144,53 @@ def generate_tokens(model: Model, token_ids, max_new_tokens: int = 256, **option
     return list(iter_tokens(model, token_ids, max_new_tokens, **options))
 
 
-def encode_prompt(
-    model: Model, prompt, *, raw: bool = False, tools=None, thinking: bool = True, **template
-) -> list[int]:
-    """Token ids of a prompt: a str is one user message (with raw=True plain text to continue), a list is messages.
+class Prompt(NamedTuple):
+    """Token ids, and the media whose placeholders stand among them, in order."""
 
-    template: further options of chat.encode. Raises ValueError without a tokenizer.
+    token_ids: list[int]
+    media: list[MediaItem]
+
+
+def encode_prompt(
+    model: Model,
+    prompt,
+    *,
+    raw: bool = False,
+    tools=None,
+    thinking: bool = True,
+    images: Sequence = (),
+    videos: Sequence = (),
+    local_files: bool = True,
+    **template,
+) -> Prompt:
+    """A prompt for the model: a str is one user message (with raw=True plain text to continue), a list is messages.
+
+    images, videos: what precedes the text of a str, each as in chat_media.read_media; messages hold them as parts.
+    local_files: False for messages that come from elsewhere: media must then be data URLs, no path is opened.
+    template: further options of chat.encode. Raises ValueError without a tokenizer, for a malformed message, or for
+    media where the model takes none; MediaError for media that cannot be read.
     """
     if model.tokenizer is None:
         raise ValueError("the checkpoint has no tiktoken.model; use generate_tokens with token ids")
+    parts = _parts("image", images) + _parts("video", videos)
+    if parts and (raw or not isinstance(prompt, str)):
+        raise ValueError("images and videos go with a prompt that is one message; messages hold theirs as parts")
     if raw:
-        return model.tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    ids = chat.encode(model.tokenizer, messages, tools, thinking=thinking, template=model.chat_template, **template)
-    for message in messages:
-        for part in message["content"] if isinstance(message.get("content"), list) else []:
-            if part.get("type") != "text":
-                raise ValueError(f"messages hold a part of type {part['type']!r}, expected text: images do not run yet")
-    return ids
+        return Prompt(model.tokenizer.encode(prompt), [])
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}] if parts else prompt}]
+    messages, media = chat.check_messages(prompt), []
+    if any(media_parts(messages)):
+        model.check_vision()
+        media = read_media(messages, model.media_processor, local_files)
+    options = {"thinking": thinking, "template": model.chat_template, "media": media, **template}
+    return Prompt(chat.encode(model.tokenizer, messages, tools, **options), [item for items in media for item in items])
+
+
+def _parts(kind: str, sources: Sequence) -> list[dict]:
+    if not isinstance(sources, list | tuple):
+        raise ValueError(f"{kind}s is {type(sources).__name__}, expected a list")
+    return [{"type": kind, kind: source} for source in sources]
 
 
 def stream(
@@ -159,16 +202,22 @@ def stream(
     raw: bool = False,
     tools=None,
     thinking: bool = True,
+    images: Sequence = (),
+    videos: Sequence = (),
     **options,
 ) -> Iterator[str]:
     """Yield the reply's text in pieces that never split a character; together they are generate()'s result.
 
     prompt: a user message, or a list of messages in OpenAI's form; with raw=True text to continue as it is.
     tools: function declarations in OpenAI's form. thinking: False asks for an answer without reasoning.
+    images, videos: lists of paths, bytes, data URLs, Pillow images or arrays that precede the text of a prompt that is
+    one message. Within messages they are parts: {"type": "image", "image": path}, {"type": "image_url", "image_url":
+    {"url": "data:image/png;base64,..."}}, and "video" and "video_url" likewise.
     stop: strings that end the reply and are not part of it. options: as in iter_tokens.
     """
-    token_ids = encode_prompt(model, prompt, raw=raw, tools=tools, thinking=thinking)
-    return stream_ids(model, token_ids, max_new_tokens, stop=stop, **options)
+    media = {"images": images, "videos": videos}
+    prompt = encode_prompt(model, prompt, raw=raw, tools=tools, thinking=thinking, **media)
+    return stream_ids(model, prompt.token_ids, max_new_tokens, stop=stop, media=prompt.media, **options)
 
 
 def stream_ids(model: Model, token_ids, max_new_tokens: int = 256, *, stop: Iterable[str] = (), **options):

@@ -197,10 +197,24 @@ def _facts(d: Description) -> dict[str, str]:
         "weights read": f"{d.bytes_per_token:,} bytes ({_size(d.bytes_per_token)[1]} GiB) per decoded token",
         "cache (bf16)": f"{cache:,} bytes per token, {_size(cache * context)[1]} GiB at full context",
         "context": f"{context:,} tokens",
+        "images, video": _vision(d),
         "missing": _list(d.missing),
         "unexpected": _list(d.unexpected),
         "wrong": _list(d.mismatched),
     }
+
+
+def _vision(d: Description) -> str:
+    vision = d.config.vision_config
+    if vision is None:
+        return "none: the config has no vision_config"
+    if not any(component.name == "vision tower" for component in d.components):
+        return "none: the checkpoint has no vision_tower tensors"
+    layers, pixels = (
+        vision.vt_num_hidden_layers,
+        " x ".join(str(n * vision.patch_size) for n in vision.merge_kernel_size),
+    )
+    return f"{layers} layers of width {vision.vt_hidden_size:,}, a token for {pixels} pixels"
 
 
 def _list(findings: tuple[str, ...]) -> str:

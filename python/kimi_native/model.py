@@ -19,17 +19,21 @@ from kimi_native.cache import PAGE_SIZE, Cache, PagePool, check_dtype
 from kimi_native.checkpoint import Checkpoint, no_collections
 from kimi_native.config import Config, TextConfig
 from kimi_native.expert_cache import ExpertCache, budget, parse_bytes
+from kimi_native.media import MediaItem, MediaProcessor
 from kimi_native.ops import gpu
 from kimi_native.ops._array import array_module, empty, to_host
 from kimi_native.placement import Weights, check_activations, check_dense, check_device, check_memory, read_ahead
+from kimi_native.splice import EncodedMedia, Span, cache_keys, find_spans
 from kimi_native.step import DecodeGraph, KeyChunk, Step
 from kimi_native.tokenizer import Tokenizer
+from kimi_native.vision import VisionModel
 
 PREFILL_CHUNK = 512  # tokens that go through the layers together
 KEY_CHUNK = 512  # cached tokens whose keys and values are expanded together in the naive form
 # On the GPU the result of a key chunk is rounded to bf16 before the next, and experts with more tokens are faster.
 GPU_PREFILL_CHUNK = 2048
 GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
+ENCODED_MEDIA = 512 << 20  # bytes of encoded media to keep: of K2.5 18,700 tokens, on the GPU twice as many
 
 
 class Linear:
@@ -229,7 +233,8 @@ class DecoderLayer:
 
 class Model:
     """A loaded checkpoint: `config` is its config.json, `tokenizer` is None without a tiktoken.model, `chat_template`
-    is the text of chat_template.jinja or None.
+    is the text of chat_template.jinja or None. `vision` is None where it takes text alone; `media_processor` makes
+    images and video into what it encodes.
     """
 
     @classmethod
@@ -280,6 +285,8 @@ class Model:
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
             model.chat_template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        if model.vision is not None:
+            model.media_processor = MediaProcessor.from_folder(path)
         return model
 
     def __init__(
@@ -299,6 +306,7 @@ class Model:
         self.experts_on_host = device == "cuda" and experts_on_host
         self.tokenizer: Tokenizer | None = None
         self.chat_template: str | None = None
+        self.media_processor: MediaProcessor | None = None
         # Mapped in host memory on the GPU too: a step needs a row of it for each token.
         self.embed_tokens = checkpoint.tensor(
             f"{checkpoint.prefix}model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "BF16"
@@ -306,6 +314,8 @@ class Model:
         activations = activations if device == "cpu" or experts_on_host else "float32"
         weights = Weights(checkpoint, checkpoint.prefix, activations=activations, dense=dense)
         self._build(weights, progress if device == "cpu" else None)
+        vision = Weights(checkpoint, "")  # apart from the text model's: no token reads them
+        self.vision = _vision(config, vision)
         # What one token reads: everything but the embedding table and the experts it is not routed to.
         read = weights.read_bytes
         experts = read["experts"]
@@ -313,11 +323,14 @@ class Model:
         self._place = np.asarray
         if device == "cuda":  # what was built so far has checked every tensor and added up their sizes
             self._place = gpu.put
+            weights.room["dense"] += sum(vision.room.values())
             check_memory(c, weights.room, self.experts_on_host, GPU_PREFILL_CHUNK, GPU_KEY_CHUNK)
             total = weights.room["dense"] + (0 if self.experts_on_host else weights.room["experts"])
             upload = gpu.Upload(total, progress)
             self._build(Weights(checkpoint, checkpoint.prefix, upload, self.experts_on_host, activations), None)
+            self.vision = _vision(config, Weights(checkpoint, "", upload))
             upload.finish()
+        self._encoded = EncodedMedia(self.vision.encode, ENCODED_MEDIA) if self.vision else None
         mapped = read["dense"] + read["prompt"] if device == "cpu" else 0
         self.expert_cache = self._cache_experts(expert_cache, mapped, experts)
         self._cos = self._sin = self._place(np.empty((0, c.qk_rope_head_dim // 2), np.float32))
@@ -362,29 +375,52 @@ class Model:
         pages = -(-max_tokens // PAGE_SIZE)
         return Cache(PagePool(c.num_hidden_layers, c.cache_width, pages, self.cache_dtype, self.device), max_tokens)
 
-    def forward(self, token_ids, cache: Cache, last_only: bool = False, progress=None):
+    def check_vision(self) -> None:
+        """Raises ValueError, saying why, if the model takes text alone."""
+        if self.vision is None:
+            has_config = self.config.vision_config is not None
+            why = "the checkpoint has no tensors vision_tower.*" if has_config else "it has no vision_config"
+            raise ValueError(f"the model takes no images or video: {why}")
+
+    def encode_media(self, items, progress=None) -> list:
+        """The rows [tokens, H] of each MediaItem, float32 on the CPU, bfloat16 on the GPU; the last ones are kept.
+
+        items: what media_processor returns. progress(items, done, total) follows those that are not there yet, in
+        patches times layers. Raises ValueError if the model takes text alone.
+        """
+        self.check_vision()
+        return self._encoded.rows(items, progress)
+
+    def forward(self, token_ids, cache: Cache, last_only: bool = False, progress=None, media=None, media_progress=None):
         """Run tokens through the model at the positions that follow those in the cache, and append them to it.
 
         token_ids: integers, at least one, each in [0, vocab_size). Returns logits float32 [T, V], or [1, V] of the last
         token with last_only, where the model lies: a CuPy array on the GPU. Broken off by an exception, the cache keeps
         the chunks that were finished. progress(done, total) is called after each layer of each chunk, in tokens times
         layers; on the GPU that is when the layer is queued.
-        Raises ValueError for an empty list, an id out of range or a full cache.
+        media: the MediaItems, or their rows as encode_media returns them, whose placeholders stand in token_ids, one
+        for each row: rows replace the embeddings of placeholders, in order. They are encoded when the first chunk comes
+        that has some; media_progress as in encode_media. The cache knows them by content, see splice.Span.key. With
+        None a placeholder is a token like others.
+        Raises ValueError for an empty list, an id out of range, a full cache, or other media than placeholders.
         """
         ids = self._checked(token_ids)
+        spans = self._spans(ids, media)
         if len(cache) + len(ids) > cache.max_tokens:
             cache.reserve(len(ids))  # raises with the numbers
-        if self._has_graph(len(ids), cache):
+        if not spans and self._has_graph(len(ids), cache):
             logits = self._decode(ids, cache)
             if progress:
                 progress(len(self.layers), len(self.layers))
             return logits
         depth, size = len(self.layers), GPU_PREFILL_CHUNK if self.device == "cuda" else PREFILL_CHUNK
-        logits = None
+        logits, keys = None, cache_keys(ids.tolist(), spans)
         for start in range(0, len(ids), size):
             chunk = ids[start : start + size]
+            embedded = self._embed(chunk, start, spans, media_progress)
             done = partial(_report, progress, start * depth, len(chunk), len(ids) * depth) if progress else None
-            hidden = self._hidden(chunk, cache, done)
+            hidden = self._through(embedded, self._step(len(chunk), cache), done)
+            cache.commit(keys[start : start + size])
             if logits is None:
                 rows = 1 if last_only else len(ids)
                 logits = empty(hidden, rows, self.config.text_config.vocab_size, dtype=np.float32)
@@ -394,16 +430,31 @@ class Model:
             self.lm_head.logits(hidden[-1:], logits)
         return logits
 
-    def _hidden(self, ids, cache: Cache, layer_done: Callable[[int], None] | None):
-        """One chunk through all layers: int [T] -> [T, H] after the final norm."""
-        hidden = self._through(self._embed(ids), self._step(len(ids), cache), layer_done)
-        cache.commit(ids.tolist())
-        return hidden
+    def _spans(self, ids, media) -> list[Span]:
+        if media is None:
+            return []
+        width, dtype = self.embed_tokens.shape[1], np.dtype(bfloat16 if self.device == "cuda" else np.float32)
+        for index, item in enumerate(media):
+            shape, found = list(getattr(item, "shape", [])), getattr(item, "dtype", type(item).__name__)
+            if isinstance(item, MediaItem):
+                self.check_vision()
+            elif found != dtype or len(shape) != 2 or shape[0] == 0 or shape[1] != width:
+                expected = f"a MediaItem or rows of {dtype} [tokens, {width}]"
+                raise ValueError(f"media[{index}] is {found} {shape}, expected {expected}")
+        return find_spans(ids, self.config.media_placeholder_token_id, media)
 
-    def _embed(self, ids):
-        """int [T] -> activations [T, H]"""
-        rows = self.embed_tokens[ids]
-        return gpu.put(rows) if self.device == "cuda" else rows.astype(np.float32)
+    def _embed(self, ids, start: int, spans: list[Span], media_progress):
+        """int [T], those from `start` on -> activations [T, H]; of media their rows."""
+        rows, stop = self.embed_tokens[ids], start + len(ids)
+        embedded = gpu.put(rows) if self.device == "cuda" else rows.astype(np.float32)
+        here = [span for span in spans if span.start < stop and span.stop > start]
+        items = [span.item for span in here if isinstance(span.item, MediaItem)]
+        encoded = iter(self.encode_media(items, media_progress) if items else [])
+        for span in here:
+            rows = next(encoded) if isinstance(span.item, MediaItem) else span.item
+            begin, end = max(span.start, start), min(span.stop, stop)
+            embedded[begin - start : end - start] = rows[begin - span.start : end - span.start]
+        return embedded
 
     def _step(self, T: int, cache: Cache) -> Step:
         """Reserves room for T tokens and says where they and what they see lies."""
@@ -468,6 +519,13 @@ class Model:
         if length > len(self._cos):
             self._cos, self._sin = map(self._place, rope_tables(self.config.text_config, max(256, 2 * length)))
         return self._cos, self._sin
+
+
+def _vision(config: Config, weights: Weights) -> VisionModel | None:
+    """None for a text-only config, or where the checkpoint leaves the tower out."""
+    if config.vision_config is None or "vision_tower.patch_embed.proj.weight" not in weights.checkpoint:
+        return None
+    return VisionModel(config.vision_config, weights)
 
 
 def _report(progress, before: int, tokens: int, total: int, layers_done: int) -> None:

@@ -14,9 +14,12 @@ from .moe import topk_sigmoid
 from .norm import rms_norm
 
 
-def logits(tensors, config, token_ids):
-    """float64 [T, V] for the tokens at positions 0..T-1."""
-    x = np.float64(tensors["model.embed_tokens.weight"][np.asarray(token_ids, int)])
+def logits(tensors, config, token_ids, placeholder=-1, media=()):
+    """float64 [T, V] for the tokens at positions 0..T-1; of each placeholder the next row of media, arrays [n, H]."""
+    ids = np.asarray(token_ids, int)
+    x = np.float64(tensors["model.embed_tokens.weight"][ids])
+    if len(media):
+        x[ids == placeholder] = np.concatenate(media)
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}"
         h = rms_norm(x, tensors[f"{name}.input_layernorm.weight"], config.rms_norm_eps)
