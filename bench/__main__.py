@@ -13,7 +13,7 @@ One line a case:
   vs baseline  how many times faster than the same maths in NumPy on the same stored arrays (bf16 or packed INT4,
                converted to float32 as part of the work)
 
-With --peers, fused_moe, gemm, gemm_int4, mla_decode, mla_prefill and generate run others' code on the same weights too:
+With --peers, fused_moe, gemm, gemm_int4, mla_decode, mla_prefill, attention and generate run others' code too:
 ik-llama-cpp-python, llama-cpp-python, onnxruntime, openvino, torch and kt-kernel, each if it is installed. Calls
 alternate with ours. A peer has a line of its own below ours, its name in the place of isa; its last column says how
 many times faster we are and how far apart the results are (norm of the difference over that of ours).
