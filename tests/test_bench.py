@@ -509,11 +509,12 @@ def test_matrices_of_the_peers():
     cache, pages = make.bf16(rng, 1, 64, 576), np.zeros((1, 1), np.int32)
     ends = [np.array(values, np.int32) for values in ((0, 3), (0, 5), (2,))]
     scale = shapes.SOFTMAX_SCALE
-    heads = make.normal(rng, 1, 1, 64, 576)
+    heads, patches = make.normal(rng, 1, 1, 64, 576), make.normal(rng, 3, 6, 2, 72)
     for calls, expected in (
         (cpu_peers.gemm(x, weight), baseline.gemm(x, weight)),
         (cpu_peers.gemm_int4(x, *int4), baseline.gemm_int4(x, *int4)),
         (cpu_peers.mla_prefill(q, kv, k_pe, 128, scale), ops.mla_prefill(q, kv, k_pe, *ends, scale)),
+        (cpu_peers.attention(*patches, 2, 0.1), ops.attention(*patches, np.array([0, 3, 6], np.int32), 0.1)),
         (
             cpu_peers.mla_decode(heads, cache, pages, 512, scale),
             ops.mla_decode(heads, cache, pages, np.array([64], np.int32), 512, scale),
@@ -531,7 +532,7 @@ def test_peers_that_are_not_installed(layer, monkeypatch):
     arrays, (x, weights, ids), _ = layer
     assert cpu_peers.Experts(arrays).calls(x, weights, ids, "int16") == {}
     assert cpu_peers.gemm(x, None) == cpu_peers.gemm_int4(x, None, None) == {}
-    assert cpu_peers.mla_prefill(x, None, None, 128, 1.0) == {}
+    assert cpu_peers.mla_prefill(x, None, None, 128, 1.0) == cpu_peers.attention(x, None, None, 1, 1.0) == {}
     assert cpu_peers.mla_decode(x, np.zeros((1, 1, 1)), np.zeros((1, 1), np.int32), 1, 1.0) == {}
 
 
