@@ -241,6 +241,15 @@ def test_text_only_model(tmp_path):
         model.forward([PAD], model.new_cache(9), media=[np.zeros((1, 128), np.float32)])
 
 
+def test_unknown_preprocessor_config_leaves_text_alone(tmp_path):
+    folder = make_tiny(tmp_path / "newer")
+    (folder / "preprocessor_config.json").write_text('{"media_proc_cfg": {"new_key": 1}}')
+    model = kn.load(folder)
+    assert isinstance(kn.generate(model, "Hello", max_new_tokens=1), str)
+    with pytest.raises(ValueError, match="preprocessor_config.json: media_proc_cfg.new_key is unknown"):
+        kn.generate(model, "Hello", images=[np.zeros((9, 9, 3), np.uint8)])
+
+
 def test_bytes_per_token_leave_the_tower_out(model, folder, tmp_path):
     assert model.bytes_per_token == kn.load(make_tiny(tmp_path / "k2", "tiny-k2")).bytes_per_token
 

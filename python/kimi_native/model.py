@@ -7,7 +7,7 @@ Ops run where their arrays lie: a model is placed by what Weights gives out.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -285,8 +285,6 @@ class Model:
             model.tokenizer = Tokenizer.from_folder(path)
         if (path / "chat_template.jinja").exists():
             model.chat_template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        if model.vision is not None:
-            model.media_processor = MediaProcessor.from_folder(path)
         return model
 
     def __init__(
@@ -303,10 +301,10 @@ class Model:
     ):
         c = config.text_config
         self.config, self.device, self.cache_dtype = config, device, cache_dtype
+        self.folder = checkpoint.folder
         self.experts_on_host = device == "cuda" and experts_on_host
         self.tokenizer: Tokenizer | None = None
         self.chat_template: str | None = None
-        self.media_processor: MediaProcessor | None = None
         # Mapped in host memory on the GPU too: a step needs a row of it for each token.
         self.embed_tokens = checkpoint.tensor(
             f"{checkpoint.prefix}model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "BF16"
@@ -374,6 +372,11 @@ class Model:
             )
         pages = -(-max_tokens // PAGE_SIZE)
         return Cache(PagePool(c.num_hidden_layers, c.cache_width, pages, self.cache_dtype, self.device), max_tokens)
+
+    @cached_property
+    def media_processor(self) -> MediaProcessor:
+        """Read when media first come: a preprocessor_config.json of other keys does not keep anybody from text."""
+        return MediaProcessor.from_folder(self.folder)
 
     def check_vision(self) -> None:
         """Raises ValueError, saying why, if the model takes text alone."""
