@@ -371,24 +371,11 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("generate", help="answer one prompt", description="Stream the reply to one prompt.")
     p.add_argument("prompt", help='a user message; "-" reads it from standard input')
-    p.add_argument(
-        "--image",
-        dest="media",
-        action="append",
-        type=lambda path: ("image", path),
-        default=[],
-        metavar="PATH",
-        help="show the model an image before the prompt; may be given several times, as may --video",
-    )
-    p.add_argument(
-        "--video",
-        dest="media",
-        action="append",
-        type=lambda path: ("video", path),
-        default=[],
-        metavar="PATH",
-        help="the same with a video file, or a folder of its frames; two frames a second are shown",
-    )
+    media = {"dest": "media", "action": "append", "default": [], "metavar": "PATH"}  # one list, in the order given
+    image = "show the model an image before the prompt; may be given several times, as may --video"
+    video = "the same with a video file, or a folder of its frames; two frames a second are shown"
+    p.add_argument("--image", type=lambda path: ("image", path), help=image, **media)
+    p.add_argument("--video", type=lambda path: ("video", path), help=video, **media)
     p.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     p.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     add_generation_options(p)

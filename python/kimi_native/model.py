@@ -87,11 +87,13 @@ class MLA:
         per_head = self.kv_b_proj.reshape(N, kv_dim, c.kv_lora_rank)
         w_uk, w_uv = per_head[:, : c.qk_nope_head_dim], per_head[:, c.qk_nope_head_dim :]  # [N, Dn, C], [N, Dv, C]
         if rounded:
-            self.w_uk = _per_head(ops.gemm_int8, *weights.rounded(name, w_uk.swapaxes(1, 2)))  # inputs last, in groups
-            self.w_uv = _per_head(ops.gemm_int8, *weights.rounded(name, w_uv))
+            turned, scale = weights.rounded(name, w_uk.swapaxes(1, 2))  # inputs last, in groups
+            self.w_uk = partial(ops.gemm_int8, weight=turned, weight_scale=scale)
+            w_uv, scale = weights.rounded(name, w_uv)
+            self.w_uv = partial(ops.gemm_int8, weight=w_uv, weight_scale=scale)
         else:
-            self.w_uk = _per_head(ops.batched_gemm, w_uk, True)
-            self.w_uv = _per_head(ops.batched_gemm, w_uv)
+            self.w_uk = partial(ops.batched_gemm, weight=w_uk, transpose_weight=True)
+            self.w_uv = partial(ops.batched_gemm, weight=w_uv)
         self.o_proj = Linear(weights, N * c.v_head_dim, o_proj=c.hidden_size)
 
     def forward(self, x, step: Step):
@@ -144,10 +146,6 @@ class MLA:
             self.scale,
         )
         return self.w_uv(latent_out[0])
-
-
-def _per_head(product, *arguments):
-    return lambda x, out=None: product(x, *arguments, out=out)
 
 
 class DenseMLP:

@@ -147,20 +147,22 @@ class Weights:
         return view if self.upload is None else self.upload(view)
 
     def linear(self, n_in: int, **outputs: int) -> list[tuple]:
-        """The weights of these names, each (weight,) in bf16 or (weight_packed, weight_scale) in INT4 iff weight_packed
-        exists. Rounded to int8 they are one (weight, weight_scale), one below the other.
+        """The weights of these names, each (weight,) in bf16, (weight_packed, weight_scale) in INT4 iff weight_packed
+        exists, or (weight, weight_scale) rounded to int8. If all are rounded they are one, one below the other.
         """
-        packed = [f"{self.prefix}{name}.weight_packed" in self.checkpoint for name in outputs]
-        if self.dense == "int8" and not any(packed):
-            parts = []
-            for name, n_out in outputs.items():
-                entry = self._checked(f"{name}.weight", (n_out, n_in), "BF16", "original")
-                parts.append(self.rounded(f"{name}.weight", self.checkpoint.view(entry)))
-                self.checkpoint.release(entry)
-            return parts if len(parts) == 1 else [tuple(map(np.concatenate, zip(*parts, strict=True)))]
-        entries = [self._linear(name, n_out, n_in, "dense") for name, n_out in outputs.items()]
-        place = self.upload or (lambda view: view)
-        return [tuple(place(self.checkpoint.view(entry)) for entry in parts) for parts in entries]
+        parts = [self._weight(name, n_out, n_in) for name, n_out in outputs.items()]
+        if len(parts) > 1 and all(arrays[0].dtype == np.int8 for arrays in parts):
+            return [tuple(map(np.concatenate, zip(*parts, strict=True)))]
+        return parts
+
+    def _weight(self, name: str, n_out: int, n_in: int) -> tuple:
+        if self.dense == "int8" and f"{self.prefix}{name}.weight_packed" not in self.checkpoint:
+            entry = self._checked(f"{name}.weight", (n_out, n_in), "BF16", "original")
+            arrays = self.rounded(f"{name}.weight", self.checkpoint.view(entry))
+            self.checkpoint.release(entry)
+            return arrays
+        views = [self.checkpoint.view(entry) for entry in self._linear(name, n_out, n_in, "dense")]
+        return tuple(views if self.upload is None else map(self.upload, views))
 
     def rounded(self, name: str, weight) -> tuple:
         """(int8, scales) of the tensor `name`, [..., out, in]."""
