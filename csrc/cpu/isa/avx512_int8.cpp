@@ -4,102 +4,47 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
+#include "cpu/isa/int8_rows.h"
 #include "cpu/kernels.h"
 
 namespace kimi::cpu {
 namespace {
 
-constexpr int kGroups = kInt8Block / 32;
-constexpr int kFewTile = 4, kTileTokens = 8, kPanelRows = 16;
-constexpr int kAhead = 2048;  // bytes of weights that are asked for ahead
+constexpr int kFewTile = 4, kTileTokens = 8;
 
-int least(int a, int b) { return a < b ? a : b; }
-
-__m128i load_quarter(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
 __m256i load_half(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
-// sums[t] += x[t] . w, of `groups` groups of a block.
-template <int kTokens>
-[[gnu::always_inline]] inline void add_block(const int8_t* w, const bf16* scale, int groups, const Int8Block* x,
-                                             __m512 (&sums)[kTokens]) {
-  alignas(32) float scaled[kTokens][kGroups];
-  const __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_quarter(scale)), 16));
-  __m512 sum[kTokens];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; t++) {
-    _mm256_store_ps(scaled[t], _mm256_mul_ps(s, _mm256_load_ps(x[t].d)));
-    sum[t] = sums[t];
-  }
-#pragma GCC unroll 2
-  for (int g = 0; g < groups; g++) {
-    const __m512i weights = _mm512_cvtepi8_epi16(load_half(w + 32 * g));
+struct Avx512 {
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static float sum_of(Sum v) { return _mm512_reduce_add_ps(v); }
+
+  // sums[t] += x[t] . w, of `groups` groups of a block.
+  template <int kTokens>
+  [[gnu::always_inline]] static inline void add_block(const int8_t* w, const bf16* scale, int groups,
+                                                      const Int8Block* x, __m512 (&sums)[kTokens]) {
+    alignas(32) float scaled[kTokens][kGroups];
+    const __m256 s = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_row(scale)), 16));
+    __m512 sum[kTokens];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; t++) {
-      const __m512i products =
-          _mm512_dpwssd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(x[t].q + 32 * g));
-      sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(scaled[t][g]), sum[t]);
+      _mm256_store_ps(scaled[t], _mm256_mul_ps(s, _mm256_load_ps(x[t].d)));
+      sum[t] = sums[t];
     }
-  }
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; g++) {
+      const __m512i weights = _mm512_cvtepi8_epi16(load_half(w + 32 * g));
 #pragma GCC unroll 4
-  for (int t = 0; t < kTokens; t++) sums[t] = sum[t];
-}
-
-// The scales of a block that the end of the row cuts off, filled up with zeros.
-struct LastScales {
-  bf16 scale[kGroups] = {};
-
-  LastScales(const bf16* from, int groups) { __builtin_memcpy(scale, from, groups * sizeof(bf16)); }
-};
-
-// One token reads row after row. More read four rows at a time, so that their blocks of x serve four times from L1.
-template <int kTokens>
-void dot_rows(const Int8Block* x, int64_t x_stride, const int8_t* w, const bf16* scale, int rows, int n, float* out,
-              int64_t out_stride) {
-  constexpr int kRows = kTokens == 1 ? 1 : 4;
-  const int whole = n / kInt8Block, left = n % kInt8Block / 32;
-  const int8_t* ahead = w + int64_t(kRows - 1) * n + kAhead;
-  for (int first = 0; first < rows; first += kRows) {
-    const int few = least(kRows, rows - first);
-    const int8_t* from = w + int64_t(first) * n;
-    const bf16* scales = scale + int64_t(first) * (n / 32);
-    __m512 sum[kRows][kTokens];
-    for (auto& row : sum)
-      for (auto& s : row) s = _mm512_setzero_ps();
-    for (int b = 0; b < whole; b++)
-      for (int r = 0; r < few; r++) {
-        for (int i = 0; i < kInt8Block; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
-        ahead += kInt8Block;
-        add_block<kTokens>(from + int64_t(r) * n + b * kInt8Block, scales + int64_t(r) * (n / 32) + b * kGroups,
-                           kGroups, x + b * x_stride, sum[r]);
+      for (int t = 0; t < kTokens; t++) {
+        const __m512i products =
+            _mm512_dpwssd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(x[t].q + 32 * g));
+        sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(scaled[t][g]), sum[t]);
       }
-    if (left)
-      for (int r = 0; r < few; r++) {
-        const LastScales last(scales + int64_t(r) * (n / 32) + whole * kGroups, left);
-        add_block<kTokens>(from + int64_t(r) * n + whole * kInt8Block, last.scale, left, x + whole * x_stride, sum[r]);
-      }
-    for (int r = 0; r < few; r++)
-      for (int t = 0; t < kTokens; t++) out[t * out_stride + first + r] = _mm512_reduce_add_ps(sum[r][t]);
-  }
-}
-
-// Word j of 16 rows of eight, j < 8: rows 0 to 7 in the low lane, 8 to 15 in the high one.
-void transpose(const void* const (&rows)[kPanelRows], __m256i (&words)[8]) {
-  __m256i v[8], u[8];
-  for (int r = 0; r < 8; r++) v[r] = _mm256_set_m128i(load_quarter(rows[r + 8]), load_quarter(rows[r]));
-  for (int r = 0; r < 4; r++) {
-    u[r] = _mm256_unpacklo_epi16(v[2 * r], v[2 * r + 1]);
-    u[r + 4] = _mm256_unpackhi_epi16(v[2 * r], v[2 * r + 1]);
-  }
-  for (int h = 0; h < 2; h++)
-    for (int r = 0; r < 2; r++) {
-      v[4 * h + r] = _mm256_unpacklo_epi32(u[4 * h + 2 * r], u[4 * h + 2 * r + 1]);
-      v[4 * h + 2 + r] = _mm256_unpackhi_epi32(u[4 * h + 2 * r], u[4 * h + 2 * r + 1]);
     }
-  for (int j = 0; j < 4; j++) {
-    words[2 * j] = _mm256_unpacklo_epi64(v[2 * j], v[2 * j + 1]);
-    words[2 * j + 1] = _mm256_unpackhi_epi64(v[2 * j], v[2 * j + 1]);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) sums[t] = sum[t];
   }
-}
+};
 
 // A block of 16 rows as int16. Of a strip with fewer rows the last one is repeated.
 struct Panel {
@@ -176,7 +121,8 @@ void dot_panels(const Int8Block* x, int64_t x_stride, int tokens, const int8_t* 
 
 void dot(const Int8Block* x, int64_t x_stride, int tokens, const int8_t* w, const bf16* scale, int rows, int n,
          float* out, int64_t out_stride) {
-  constexpr decltype(&dot_rows<1>) kFew[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
+  constexpr decltype(&dot_rows<Avx512, 1>) kFew[] = {dot_rows<Avx512, 1>, dot_rows<Avx512, 2>, dot_rows<Avx512, 3>,
+                                                     dot_rows<Avx512, 4>};
   if (tokens > kFewTokens) return dot_panels(x, x_stride, tokens, w, scale, rows, n, out, out_stride);
   for (int t = 0; t < tokens; t += kFewTile)
     kFew[least(kFewTile, tokens - t) - 1](x + t, x_stride, w, scale, rows, n, out + t * out_stride, out_stride);
