@@ -352,6 +352,13 @@ def test_dense_int8(loaded, isa, monkeypatch):
     assert seen[-1] == (len(model.layers), len(model.layers))
 
 
+def test_dense_int8_rounds_what_is_bf16_beside_int4(folder, tmp_path):
+    mixed = rewritten(folder, tmp_path / "mixed", pack(f"{TEXT}layers.0.mlp.up_proj"))
+    model = kn.load(mixed, dense="int8")
+    assert [product for product, _ in model.layers[0].mlp.gate_up_proj.parts] == [ops.gemm_int8, ops.gemm_int4]
+    assert np.isfinite(prefill(model)).all()
+
+
 def test_dense_is_refused(folder):
     with pytest.raises(ValueError, match="dense is 'int4', expected 'bfloat16' or 'int8'"):
         kn.load(folder, dense="int4")
@@ -425,11 +432,13 @@ TEXT = "language_model.model."
 EXPERT = f"{TEXT}layers.2.mlp.experts.7.down_proj"
 
 
-def pack_kv_b_proj(tensors):
-    module = f"{TEXT}layers.1.self_attn.kv_b_proj"
-    tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"] = ops.quantize_int4(
-        tensors.pop(f"{module}.weight").astype(np.float32)
-    )
+def pack(module):
+    def quantize(tensors):
+        tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"] = ops.quantize_int4(
+            tensors.pop(f"{module}.weight").astype(np.float32)
+        )
+
+    return quantize
 
 
 def drop(name):
@@ -451,7 +460,7 @@ BAD_TENSORS = {
     "no norm": (drop(f"{TEXT}layers.2.self_attn.kv_a_layernorm.weight"), ["layers.2.self_attn.kv_a_layernorm.weight"]),
     "no expert": (drop(f"{EXPERT}.weight_packed"), [f"{EXPERT}.weight"]),
     "no scale": (drop(f"{EXPERT}.weight_scale"), [f"{EXPERT}.weight_scale"]),
-    "INT4 kv_b_proj": (pack_kv_b_proj, ["layers.1.self_attn.kv_b_proj.weight"]),
+    "INT4 kv_b_proj": (pack(f"{TEXT}layers.1.self_attn.kv_b_proj"), ["layers.1.self_attn.kv_b_proj.weight"]),
     "embedding": (reshape(f"{TEXT}embed_tokens.weight", 1023, 128), ["embed_tokens", "[1023, 128]", "[1024, 128]"]),
     "transposed": (
         reshape(f"{TEXT}layers.0.mlp.down_proj.weight", 256, 128),
