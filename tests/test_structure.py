@@ -21,7 +21,7 @@ ARROWS = {
     "cache": {"ops"},
     "sampling": {"ops"},
     "vision": {"placement"},
-    "train": {"ops"},
+    "train": {"model"},
     "placement": {"ops"},
     "expert_cache": {"placement"},
     "splice": {"ops"},

@@ -3,7 +3,15 @@
 Names and signatures are those of `kimi_native.ops`; what an op does in place is returned here instead.
 """
 
-from .attention import append_mla_cache, attention, fused_append_mla_cache, mla_decode, mla_prefill, rope
+from .attention import (
+    append_mla_cache,
+    attention,
+    fused_append_mla_cache,
+    mla_decode,
+    mla_prefill,
+    mla_prefill_backward,
+    rope,
+)
 from .linear import (
     batched_gemm,
     dequantize_int4,
@@ -12,9 +20,12 @@ from .linear import (
     gemm,
     gemm_int4,
     gemm_int8,
+    grouped_matmul,
+    matmul,
     quantize_int4,
     quantize_int8,
     silu_and_mul,
+    silu_and_mul_backward,
 )
 from .moe import (
     ExpertWeights,
@@ -25,7 +36,7 @@ from .moe import (
     moe_unpermute,
     topk_sigmoid,
 )
-from .norm import fused_add_rms_norm, layer_norm, rms_norm
+from .norm import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_backward
 from .sampling import kept_tokens, top_k_top_p_sample
 
 __all__ = [
@@ -44,17 +55,22 @@ __all__ = [
     "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
+    "grouped_matmul",
     "kept_tokens",
     "layer_norm",
+    "matmul",
     "mla_decode",
     "mla_prefill",
+    "mla_prefill_backward",
     "moe_permute",
     "moe_unpermute",
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
+    "rms_norm_backward",
     "rope",
     "silu_and_mul",
+    "silu_and_mul_backward",
     "top_k_top_p_sample",
     "topk_sigmoid",
 ]

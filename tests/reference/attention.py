@@ -23,12 +23,18 @@ def append_mla_cache(latent, k_pe, cache, slots):
     return new
 
 
-def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False):
-    """Ragged causal attention: q [T, N, dn + R], kv [S, N, dn + dv], k_pe [S, R] to out [T, N, dv]."""
+def mla_prefill(
+    q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False, max_logits=None
+):
+    """Ragged causal attention: q [T, N, dn + R], kv [S, N, dn + dv], k_pe [S, R] to out [T, N, dv].
+
+    max_logits [T, N] is written in place: the largest score a query sees, or with `state` the larger of that and what
+    it held.
+    """
     q, kv, k_pe = np.float64(q), np.float64(kv), np.float64(k_pe)
     dn = q.shape[2] - k_pe.shape[1]
     out = np.zeros((*q.shape[:2], kv.shape[2] - dn))
-    lse = np.full(q.shape[:2], -np.inf)
+    lse, largest = np.full(q.shape[:2], -np.inf), np.full(q.shape[:2], -np.inf)
     for b, offset in enumerate(causal_offsets):
         rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
         keys = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
@@ -36,11 +42,37 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
         score = scale * (score + np.einsum("inr,jr->inj", q[rows, :, dn:], k_pe[keys]))
         i, j = np.ogrid[: score.shape[0], : score.shape[2]]
         score[np.broadcast_to((j > i + offset)[:, None, :], score.shape)] = -np.inf
+        largest[rows] = score.max(axis=-1, initial=-np.inf)
         p, lse[rows] = softmax(score)
         out[rows] = np.einsum("inj,jnd->ind", p, kv[keys, :, dn:])
+    if max_logits is not None:
+        max_logits[...] = largest if state is None else np.maximum(max_logits, largest)
     if state is not None:
         out, lse = merge(np.float64(state[0]), np.float64(state[1]), out, lse)
     return (out, lse) if return_lse else out
+
+
+def mla_prefill_backward(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, out, lse, dout):
+    """(dq, dkv, dk_pe) of mla_prefill's out from dout [T, N, dv]; out and lse are what mla_prefill gave."""
+    q, kv, k_pe, dout = np.float64(q), np.float64(kv), np.float64(k_pe), np.float64(dout)
+    dn = q.shape[2] - k_pe.shape[1]
+    dq, dkv, dk_pe = np.zeros(q.shape), np.zeros(kv.shape), np.zeros(k_pe.shape)
+    for b, offset in enumerate(causal_offsets):
+        rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+        keys = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
+        score = np.einsum("ind,jnd->inj", q[rows, :, :dn], kv[keys, :, :dn])
+        score = scale * (score + np.einsum("inr,jr->inj", q[rows, :, dn:], k_pe[keys]))
+        i, j = np.ogrid[: score.shape[0], : score.shape[2]]
+        score[np.broadcast_to((j > i + offset)[:, None, :], score.shape)] = -np.inf
+        p, _ = softmax(score)
+        dp = np.einsum("ind,jnd->inj", dout[rows], kv[keys, :, dn:])
+        ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+        dq[rows, :, :dn] = np.einsum("inj,jnd->ind", ds, kv[keys, :, :dn])
+        dq[rows, :, dn:] = np.einsum("inj,jr->inr", ds, k_pe[keys])
+        dkv[keys, :, :dn] = np.einsum("inj,ind->jnd", ds, q[rows, :, :dn])
+        dkv[keys, :, dn:] = np.einsum("inj,ind->jnd", p, dout[rows])
+        dk_pe[keys] = np.einsum("inj,inr->jr", ds, q[rows, :, dn:])
+    return dq, dkv, dk_pe
 
 
 def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):

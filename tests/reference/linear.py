@@ -13,6 +13,23 @@ def gemm(x, weight):
     return np.float64(x) @ np.float64(weight).T
 
 
+def matmul(a, b, symmetric=False):
+    """a [..., M, K] @ b [..., K, N]."""
+    return np.float64(a) @ np.float64(b)
+
+
+def grouped_matmul(a, b, offsets):
+    """Rows offsets[e]..offsets[e + 1] of a [M, K] times b[e] [K, N]; or, b [M, N] and a [K, M], columns of a with those
+    rows of b, one product [K, N] a group."""
+    a, b, groups = np.float64(a), np.float64(b), [slice(*pair) for pair in zip(offsets[:-1], offsets[1:], strict=True)]
+    if b.ndim == 2:
+        return np.stack([a[:, rows] @ b[rows] for rows in groups])
+    out = np.zeros((len(a), b.shape[2]))
+    for rows, matrix in zip(groups, b, strict=True):
+        out[rows] = a[rows] @ matrix
+    return out
+
+
 def batched_gemm(x, weight, transpose_weight=False):
     """One matrix per head: x [T, N, in], weight [N, out, in] ([N, in, out] when transposed)."""
     subscripts = "tni,nio->tno" if transpose_weight else "tni,noi->tno"
@@ -95,6 +112,14 @@ def silu_and_mul(x):
     gate, up = np.split(np.float64(x), 2, axis=-1)
     with np.errstate(over="ignore"):
         return gate / (1 + np.exp(-gate)) * up
+
+
+def silu_and_mul_backward(x, dout):
+    """What silu_and_mul makes of x's gradient: dx [T, 2 I] from dout [T, I]."""
+    gate, up = np.split(np.float64(x), 2, axis=-1)
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-gate))
+    return np.concatenate([dout * up * s * (1 + gate * (1 - s)), dout * gate * s], axis=-1)
 
 
 def gelu(x, bias=None, tanh=False):

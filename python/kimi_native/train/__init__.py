@@ -1,0 +1,1 @@
+"""Training: MuonClip, gradients, quantisation-aware training, and the loop around them."""
