@@ -1,4 +1,4 @@
-"""kimi-native generate | chat | info | make-tiny"""
+"""kimi-native generate | chat | info | make-tiny | train"""
 
 import argparse
 import sys
@@ -17,6 +17,7 @@ from kimi_native.make_tiny import PRESETS, make_tiny
 from kimi_native.media import MediaItem
 from kimi_native.model import Model
 from kimi_native.sampling import SamplingParams
+from kimi_native.train import command as train
 
 ERR = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -424,6 +425,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--experts", choices=["int4", "bf16"], default="int4", help="format of the routed experts")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run_make_tiny)
+
+    p = commands.add_parser("train", help="train a model, or go on with one")
+    train.add_options(p)
+    p.set_defaults(run=lambda args: train.run(args, progress_bar))
     return main_parser
 
 
@@ -434,7 +439,9 @@ EXAMPLES = """examples:
   kimi-native chat --model /models/Kimi-K2.5          a conversation
   kimi-native chat --model /models/Kimi-K2.5 --device cuda --experts cpu
                                                       the same, attention on the GPU
-  kimi-native info /models/Kimi-K2.5                  parameters, bytes, missing tensors"""
+  kimi-native info /models/Kimi-K2.5                  parameters, bytes, missing tensors
+  kimi-native train --out run --init tiny --data book.txt --steps 200 --lr 2e-3
+                                                      a model of your own; train --help says more"""
 
 
 def main(argv=None) -> int:
@@ -445,7 +452,8 @@ def main(argv=None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the last two from the GPU
+    # RuntimeError and MemoryError come from the GPU, FloatingPointError from training
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         print(f"kimi-native: {error}", file=sys.stderr)
         return 2
     return 0
