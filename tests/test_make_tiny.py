@@ -243,7 +243,7 @@ def test_existing_target(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("folder", "link"):
-        with pytest.raises(FileExistsError, match=f"{name}: exists, expected a folder that make_tiny can create"):
+        with pytest.raises(FileExistsError, match=f"{name}: exists, expected a name for a new folder"):
             make_tiny(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
@@ -252,7 +252,7 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kimi_native.make_tiny._write_shard", fail)
+    monkeypatch.setattr("kimi_native.checkpoint_writer._write_shard", fail)
     with pytest.raises(OSError, match="No space left"):
         make_tiny(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

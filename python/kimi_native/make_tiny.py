@@ -13,10 +13,7 @@ same on every machine and under every version of NumPy (RandomState is frozen by
 
 import base64
 import functools
-import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +21,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kimi_native.checkpoint import DTYPES, expected_tensors
+from kimi_native.checkpoint import expected_tensors
+from kimi_native.checkpoint_writer import new_folder, pack_int4, write_json, write_weights
 from kimi_native.config import Config
 from kimi_native.tiny_bpe import shipped_text, train
 from kimi_native.tiny_config import BASE_TOKENS, PREPROCESSOR_CONFIG, preset_config
@@ -63,31 +61,18 @@ def make_tiny(
         raise ValueError(f"scale_bits is {scale_bits!r}, expected 1 to 8")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed!r}, expected 0 to 2^32 - 1")
-    if folder.exists() or folder.is_symlink():
-        raise FileExistsError(f"{folder}: exists, expected a folder that make_tiny can create")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
+    with new_folder(folder) as partial:
         values = preset_config(preset, experts)
-        _write_json(partial / "config.json", values)
+        write_json(partial / "config.json", values)
         if preset not in ("small", "full-size"):
             _write_tokenizer(partial)
         generation = {"eos_token_id": values["bos_token_id"] + 2, "max_length": 262144}
-        _write_json(partial / "generation_config.json", generation)
+        write_json(partial / "generation_config.json", generation)
         if "vision_config" in values:
-            _write_json(partial / "preprocessor_config.json", PREPROCESSOR_CONFIG)
+            write_json(partial / "preprocessor_config.json", PREPROCESSOR_CONFIG)
         tensors = expected_tensors(Config.from_dict(values), quantized=experts == "int4")
-        _write_weights(partial, tensors, _Values(preset, seed, scale_bits), progress)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        write_weights(partial, tensors, _Values(tensors, preset, seed, scale_bits).blocks, progress)
     return folder
-
-
-def _write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @functools.cache
@@ -122,60 +107,7 @@ def _write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "TikTokenTokenizer",
         "unk_token": "[UNK]",
     }
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_weights(folder: Path, tensors: dict, values: "_Values", progress) -> None:
-    """Shards as published: one a layer, then the rest of the text model, the projector, the vision tower."""
-    shards: dict[tuple[int, int], dict] = {}
-    for name, spec in tensors.items():
-        shards.setdefault(_placement(name), {})[name] = spec
-    weight_map, total_size = {}, 0
-    for number, (_, shard) in enumerate(sorted(shards.items()), 1):
-        file = folder / f"model-{number:05}-of-{len(shards):06}.safetensors"
-        done = len(weight_map)
-        advance = (lambda n, done=done: progress(done + n, len(tensors))) if progress else None
-        total_size += _write_shard(file, shard, values, advance)
-        weight_map |= dict.fromkeys(shard, file.name)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _placement(name: str) -> tuple[int, int]:
-    """A key that is equal for the tensors of one shard and sorts as the shards do."""
-    if name.startswith("vision_tower."):
-        return 3, 0
-    if name.startswith("mm_projector."):
-        return 2, 0
-    _, in_layer, rest = name.partition(".layers.")
-    return (0, int(rest.split(".")[0])) if in_layer else (1, 0)
-
-
-def _write_shard(file: Path, tensors: dict, values: "_Values", advance: Callable[[int], None] | None) -> int:
-    """Write one safetensors file; what `values` leaves out stays a hole. Returns the bytes of its tensors.
-
-    advance(n) is called after the n-th tensor.
-    """
-    # Larger items first keep every tensor aligned; weight_shapes side by side keep full-size small on disk.
-    names = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][1]].itemsize, not name.endswith(".weight_shape")))
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        shape, dtype = tensors[name]
-        end = position + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for done, name in enumerate(names, 1):
-            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
-            for block in values.blocks(name, *tensors[name], tensors):
-                stream.write(block.tobytes())
-            if advance:
-                advance(done)
-        stream.truncate(8 + len(text) + position)
-    return position
+    write_json(folder / "tokenizer_config.json", config)
 
 
 class _Values:
@@ -185,13 +117,14 @@ class _Values:
     activations, router logits and final logits then have a standard deviation of about 1.
     """
 
-    def __init__(self, preset: str, seed: int, scale_bits: int):
-        self.preset, self.seed, self.scale_bits = preset, seed, scale_bits
+    def __init__(self, tensors: dict, preset: str, seed: int, scale_bits: int):
+        self.tensors, self.preset, self.seed, self.scale_bits = tensors, preset, seed, scale_bits
 
-    def blocks(self, name: str, shape: tuple[int, ...], dtype: str, tensors: dict) -> Iterator[np.ndarray]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        shape, _ = self.tensors[name]
         module, _, kind = name.rpartition(".")
         if kind == "weight_shape":
-            rows, words = tensors[f"{module}.weight_packed"][0]
+            rows, words = self.tensors[f"{module}.weight_packed"][0]
             yield np.array([rows, 8 * words], "<i4")
         elif self._is_hole(name):
             return
@@ -223,7 +156,7 @@ class _Values:
             if kind == "weight_scale":
                 yield scales
             elif kind == "weight_packed":
-                yield _pack(codes)
+                yield pack_int4(codes)
             else:
                 product = codes.reshape(-1, 32).astype(np.float32) * scales.astype(np.float32)[:, None]
                 yield product.astype(ml_dtypes.bfloat16)
@@ -251,15 +184,9 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _quantize(weights: np.ndarray, scale_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 weights [n] -> int32 codes [n] in -7..7, bf16 scales [n / 32]: absmax / 7, rounded."""
+    """float32 weights [n] -> int8 codes [n] in -7..7, bf16 scales [n / 32]: absmax / 7, rounded."""
     groups = weights.reshape(-1, 32)
     mantissa, exponent = np.frexp(np.abs(groups).max(1) / np.float32(7))
     scales = np.ldexp(np.rint(mantissa * 2**scale_bits) / np.float32(2**scale_bits), exponent)
-    codes = np.clip(np.rint(groups / scales[:, None]), -7, 7).astype(np.int32)
+    codes = np.clip(np.rint(groups / scales[:, None]), -7, 7).astype(np.int8)
     return codes.reshape(-1), scales.astype(ml_dtypes.bfloat16)
-
-
-def _pack(codes: np.ndarray) -> np.ndarray:
-    """int32 codes [n] -> int32 words [n / 8]: code + 8 as a nibble, the first one in the lowest four bits."""
-    nibbles = (codes + 8).astype("<u4").reshape(-1, 8) << np.arange(0, 32, 4, dtype="<u4")
-    return np.bitwise_or.reduce(nibbles, axis=1).view("<i4")
