@@ -329,18 +329,23 @@ def _check_coverage(file: Path, entries: dict[str, Entry], start: int, size: int
         raise CheckpointError(f"{file}: is {size} bytes long, expected {position}, the end of {previous}")
 
 
+def root(config) -> str:
+    """What stands before `model.` and `lm_head.` in the published names of a Config's tensors."""
+    return "language_model." if config.model_type == "kimi_k25" else ""
+
+
 def expected_tensors(
     config, quantized: bool = True, prefix: str | None = None
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every tensor of the published layout for a Config: name -> (shape, safetensors dtype name).
 
     quantized: routed experts as weight_packed, weight_scale and weight_shape; else as bf16 weight.
-    prefix: what stands before `model.` and `lm_head.`; by default "language_model." for kimi_k25 and "" for
-    text-only model types. Vision tower and projector are listed when the config has a vision_config.
+    prefix: what stands before `model.` and `lm_head.`, by default `root`. Vision tower and projector are listed when
+    the config has a vision_config.
     """
     text = config.text_config
     if prefix is None:
-        prefix = "language_model." if config.model_type == "kimi_k25" else ""
+        prefix = root(config)
     tensors = {f"{prefix}model.embed_tokens.weight": ((text.vocab_size, text.hidden_size), "BF16")}
     for layer in range(text.num_hidden_layers):
         dense = layer < text.first_k_dense_replace

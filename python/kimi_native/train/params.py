@@ -89,3 +89,13 @@ def published(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     layer, projection = name.split(_STACKED)
     for expert, matrix in enumerate(array):
         yield f"{layer}{_STACKED}{expert}.{projection}", matrix
+
+
+def below(params: dict, prefix: str) -> dict:
+    """Those whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+
+
+def put_below(prefix: str, params: dict) -> dict:
+    """With the prefix before each name: the way back."""
+    return {prefix + name: array for name, array in params.items()}
