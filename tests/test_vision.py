@@ -152,7 +152,7 @@ def test_resampled_positions(rng, grid):
 
 def test_sinusoids():
     """Published values, of the published width."""
-    times = vision._sinusoids(4, 1152)
+    times = vision.sinusoids(4, 1152)
     at = times[[1, 1, 1, 1, 3, 3], [0, 1, 575, 576, 0, 576]]
     expected = [0.84147102, 0.83279473, 1.0161187e-4, 0.54030228, 0.14112, -0.9899925]
     np.testing.assert_allclose(at, expected, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_sinusoids():
 
 def test_rotation():
     """Pair 2 i turns with the column, 2 i + 1 with the row; the frequencies are the published ones, of width 72."""
-    cos, sin = vision._rotation(2, 4, 6, 72).reshape(2, 2, 4, 6, 36)
+    cos, sin = vision.rotation(2, 4, 6, 72).reshape(2, 2, 4, 6, 36)
     assert same_bits(cos[0], cos[1]) and same_bits(sin[0], sin[1])
     angles = np.arctan2(sin[0], cos[0])
     np.testing.assert_allclose(angles[0, 1, :5:2], [1.0, 0.599484205, 0.359381378], rtol=1e-6)

@@ -153,7 +153,7 @@ class VisionModel:
         Raises ValueError for an item of another patch size, with an odd grid or with too many frames.
         """
         for index, item in enumerate(items):
-            self._check(f"items[{index}]", item)
+            check(f"items[{index}]", item, self.config)
         total, before, encoded = sum(len(item.patches) for item in items), 0, []
         for group in _groups(items):
             ends = np.cumsum([len(item.patches) for item in group]).tolist()
@@ -166,21 +166,11 @@ class VisionModel:
             before += len(x)
         return encoded
 
-    def _check(self, name: str, item: MediaItem) -> None:
-        (t, gh, gw), most, P = item.grid, self.config.init_pos_emb_time, self.config.patch_size
-        if not 1 <= t <= most:
-            raise ValueError(f"{name} has {t} frames, expected 1 to {most}")
-        if min(gh, gw) < 2 or gh % 2 or gw % 2:
-            raise ValueError(f"{name} has a grid of {gh} x {gw} patches, expected even numbers")
-        if item.patches.shape != (t * gh * gw, 3 * P * P):
-            found, expected = list(item.patches.shape), [t * gh * gw, 3 * P * P]
-            raise ValueError(f"{name}: patches has shape {found}, expected {expected}")
-
     def _embed(self, items: list[MediaItem], places: list[slice]):
         """Patches with their positions, float32 [T, H]: the residual stream. places: of the items in it."""
         H, put = self.config.vt_hidden_size, self.place
         tables = {grid: put(_resample(self.pos_emb, *grid)) for grid in {item.grid[1:] for item in items}}
-        times = put(_sinusoids(self.config.init_pos_emb_time, H))
+        times = put(sinusoids(self.config.init_pos_emb_time, H))
         x = empty(times, places[-1].stop, H)
         for item, place in zip(items, places, strict=True):
             embedded, (t, gh, gw) = x[place], item.grid
@@ -198,13 +188,12 @@ class VisionModel:
     def _through(self, x, items: list[MediaItem], cu_seqlens: list[int]) -> Iterator[int]:
         """All blocks over the residual stream x [T, H], in place. Yields how many are done."""
         (T, H), N, put = x.shape, self.config.vt_num_attention_heads, self.place
-        tables = np.concatenate([_rotation(*item.grid, H // N) for item in items], axis=1)
-        rotation = put(tables[0]), put(tables[1]), put(np.arange(T, dtype=np.int32))
+        tables = np.concatenate([rotation(*item.grid, H // N) for item in items], axis=1)
         n = max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or n * T <= self.head_rows))
         step = Step(
             qkv=empty(x, T, 3, n * H // N, dtype=self.dtype),
             attended=empty(x, T, H, dtype=self.dtype),
-            rotation=rotation,
+            rotation=(put(tables[0]), put(tables[1]), put(np.arange(T, dtype=np.int32))),
             cu_seqlens=put(np.array(cu_seqlens, np.int32)),
             pieces=_pieces(T, self.rows),
         )
@@ -231,6 +220,18 @@ class VisionModel:
                 place = merged[:, :, corner]
                 place += h[row::2, column::2]
         return merged.reshape(gh * gw // 4, 4, H)
+
+
+def check(name: str, item: MediaItem, config: VisionConfig) -> None:
+    """Raises ValueError, naming the item, for one of another patch size, with an odd grid or with too many frames."""
+    (t, gh, gw), most, P = item.grid, config.init_pos_emb_time, config.patch_size
+    if not 1 <= t <= most:
+        raise ValueError(f"{name} has {t} frames, expected 1 to {most}")
+    if min(gh, gw) < 2 or gh % 2 or gw % 2:
+        raise ValueError(f"{name} has a grid of {gh} x {gw} patches, expected even numbers")
+    if item.patches.shape != (t * gh * gw, 3 * P * P):
+        found, expected = list(item.patches.shape), [t * gh * gw, 3 * P * P]
+        raise ValueError(f"{name}: patches has shape {found}, expected {expected}")
 
 
 def _pieces(n: int, most: int) -> list[slice]:
@@ -265,7 +266,7 @@ def _groups(items: Sequence[MediaItem]) -> Iterator[list[MediaItem]]:
 def _resample(table, gh: int, gw: int) -> np.ndarray:
     """Learned positions bfloat16 [height, width, H] -> float32 [gh * gw, H]: bicubic, without antialiasing."""
     height, width, H = table.shape
-    rows, columns = _bicubic(height, gh), _bicubic(width, gw)
+    rows, columns = bicubic(height, gh), bicubic(width, gw)
     flat, out = table.astype(np.float32).reshape(height, -1), np.empty((gh, gw, H), np.float32)
     for i in range(0, gh, TABLE_ROWS):
         mixed = (rows[i : i + TABLE_ROWS] @ flat).reshape(-1, width, H)
@@ -273,7 +274,7 @@ def _resample(table, gh: int, gw: int) -> np.ndarray:
     return out.reshape(gh * gw, H)
 
 
-def _bicubic(size: int, n: int) -> np.ndarray:
+def bicubic(size: int, n: int) -> np.ndarray:
     """float32 [n, size], the weights of `size` samples in each of n: torch's bicubic interpolate, align_corners false.
 
     Four neighbours with the cubic convolution kernel of a = -0.75; those beyond an edge are the edge.
@@ -288,13 +289,13 @@ def _bicubic(size: int, n: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _sinusoids(t: int, H: int) -> np.ndarray:
+def sinusoids(t: int, H: int) -> np.ndarray:
     """float32 [t, H], added to each frame of a clip: H / 2 sines, then as many cosines. Frame 0 is not neutral."""
     angles = np.arange(t)[:, None] * (10000.0 ** (-np.arange(H // 2) / (H // 2))).astype(np.float32)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def _rotation(t: int, gh: int, gw: int, D: int) -> np.ndarray:
+def rotation(t: int, gh: int, gw: int, D: int) -> np.ndarray:
     """cos and sin, float32 [2, t * gh * gw, D / 2]: pair 2 i turns with the column, 2 i + 1 with the row, none with the
     frame."""
     frequencies = (10000.0 ** (-4 * np.arange(D // 4) / D)).astype(np.float32)
