@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -106,10 +107,10 @@ def _with_prefix(arrays, prefix: str) -> dict[str, np.ndarray]:
 def _check_same(file: Path, found, expected, field: str = "") -> None:
     """found: of the checkpoint; expected: of this run."""
     if isinstance(found, dict) and isinstance(expected, dict):
-        for key in found.keys() | expected.keys():
+        for key in found | expected:
             _check_same(file, found.get(key), expected.get(key), f"{field}.{key}" if field else key)
-    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        for i, pair in enumerate(zip(found, expected, strict=True)):
+    elif isinstance(found, list) and isinstance(expected, list):
+        for i, pair in enumerate(zip_longest(found, expected)):
             _check_same(file, *pair, f"{field}[{i}]")
     elif found != expected:
         raise ValueError(

@@ -3,7 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol
 
@@ -58,21 +59,23 @@ class TrainingConfig:
     save_every: int = 100
 
     def __post_init__(self):
-        integers = {"steps": 1, "warmup_steps": 0, "qat_from": 0, "qat_levels": 1}
-        integers |= {"seed": 0, "eval_every": 1, "save_every": 1}
+        whole = 2**32 - 1
+        integers = {"steps": (1, whole), "warmup_steps": (0, whole), "qat_from": (0, whole), "qat_levels": (1, 7)}
+        integers |= {"seed": (0, whole), "eval_every": (1, whole), "save_every": (1, whole)}
         choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
-        positive = ("lr", "tau", "grad_clip")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in choices:
                 good, expected = value in choices[f.name], f"one of {', '.join(choices[f.name])}"
             elif f.name in integers:
-                good = type(value) is int and integers[f.name] <= value < 2**32 or (f.name, value) == ("qat_from", None)
-                expected = f"an integer from {integers[f.name]} to 2^32 - 1"
+                least, most = integers[f.name]
+                good = type(value) is int and least <= value <= most or (f.name, value) == ("qat_from", None)
+                expected = f"an integer from {least} to {most}"
             else:
-                least = "> 0" if f.name in positive else ">= 0"
-                good = isinstance(value, int | float) and 0 <= value < math.inf and (value > 0 or least == ">= 0")
-                expected = f"a number {least}"
+                least = "> 0" if f.name in ("lr", "tau", "grad_clip") else ">= 0"
+                most = 1 if f.name == "momentum" else math.inf
+                good = type(value) in (int, float) and 0 <= value < most and (value > 0 or least == ">= 0")
+                expected = f"a number {least} and < {most}"
             if not good:
                 raise ValueError(f"{f.name} is {value!r}, expected {expected}")
 
@@ -118,16 +121,13 @@ class Trainer:
         if not self.folder.checkpoints():
             self._save()
         while self.step < self.training.steps:
-            records = [self._train_step()]
-            self.step += 1
-            if self._is_due(self.training.eval_every) and self._validation:
-                records.append({"step": self.step, "validation_loss": self.validation_loss()})
-            for record in records:
-                self.folder.log(record)
-                if progress:
-                    progress(record)
-            if self._is_due(self.training.save_every):
-                self._save()
+            with _naming(self.step + 1):
+                self._report(self._train_step(), progress)
+                self.step += 1
+                if self._is_due(self.training.eval_every) and self._validation:
+                    self._report({"step": self.step, "validation_loss": self.validation_loss()}, progress)
+                if self._is_due(self.training.save_every):
+                    self._save()
         if self.source is not None:
             self._export()
 
@@ -138,8 +138,12 @@ class Trainer:
             count = int(np.count_nonzero(batch.targets != NO_LOSS))
             total += backward.loss(weights, self.config, batch) * count
             targets += count
-        _check_finite(self.step, total, "the validation loss")
         return total / targets
+
+    def _report(self, record: dict, progress: Callable[[dict], None] | None) -> None:
+        self.folder.log(record)
+        if progress:
+            progress(record)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.training.steps
@@ -152,20 +156,18 @@ class Trainer:
         return qat.deployed(self.params, self.training.qat_levels)
 
     def _train_step(self) -> dict:
-        started, step = time.perf_counter(), self.step + 1
+        """The update by the batch of self.step, and its record, whose step is the number of steps done with it."""
+        started = time.perf_counter()
         batch, lr = self.dataset.batch(self.step), self.training.learning_rate(self.step)
         result = backward.loss_and_gradients(self._forward_params(), self.config, batch)
-        logits = np.stack(result.max_logits)  # [layers, N]
-        for layer, head in np.argwhere(~np.isfinite(logits)):
-            _check_finite(step, logits[layer, head], f"the largest attention logit of layer {layer}, head {head},")
-        _check_finite(step, result.loss, "the loss")
-        norm = clip_gradients(step, result.grads, self.training.grad_clip)
-        layer, head = map(int, np.unravel_index(np.argmax(logits), logits.shape))
+        norm = clip_gradients(result.grads, self.training.grad_clip)
         clipped = self.optimizer.step(result.grads, result.max_logits, lr)
         for name, counts in result.tokens_per_expert.items():
             update_router_bias(self.params[name], counts, self.training.router_bias_rate)
+        logits = np.stack(result.max_logits)  # [layers, N]
+        layer, head = map(int, np.unravel_index(np.argmax(logits), logits.shape))
         return {
-            "step": step,
+            "step": self.step + 1,
             "loss": float(result.loss),
             "lr": lr,
             "grad_norm": norm,
@@ -180,7 +182,7 @@ class Trainer:
     def _save(self) -> None:
         for name, array in self.params.items():
             if not np.isfinite(array).all():
-                raise FloatingPointError(f"step {self.step}: {name} is not finite, which no checkpoint keeps")
+                raise FloatingPointError(f"{name} is not finite after the update, which no checkpoint keeps")
         self.folder.save(Saved(self.step, self.params, self.optimizer.state_dict()))
 
     def _export(self) -> None:
@@ -192,15 +194,16 @@ class Trainer:
             partial.rename(target)
 
 
-def clip_gradients(step: int, grads: dict[str, np.ndarray], largest: float) -> float:
+def clip_gradients(grads: dict[str, np.ndarray], largest: float) -> float:
     """The global norm; where it is larger than `largest`, the gradients are scaled to that in place.
 
-    Raises FloatingPointError naming the step and the parameter whose gradient is not finite.
+    Raises FloatingPointError naming the parameter whose gradient is not finite.
     """
     total = 0.0
     for name, grad in grads.items():
         square = float(np.square(grad, dtype=np.float64).sum())  # a dot product's sum would depend on BLAS's threads
-        _check_finite(step, square, f"the squared gradient of {name}")
+        if not math.isfinite(square):
+            raise FloatingPointError(f"the gradient of {name} is not finite")
         total += square
     norm = math.sqrt(total)
     if norm > largest:
@@ -209,9 +212,12 @@ def clip_gradients(step: int, grads: dict[str, np.ndarray], largest: float) -> f
     return norm
 
 
-def _check_finite(step: int, value: float, what: str) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"step {step}: {what} is {value}, expected a finite number")
+@contextmanager
+def _naming(step: int) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
 
 
 def _initial(config: Config, seed: int, given: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
