@@ -46,6 +46,7 @@ CUDA_WORDS = {
 
 HELPER_HEADERS = {"expert_weights.h"}  # no op of its own
 CPU_OPS = {"gemm", "batched_gemm", "gemm_int8"}  # no kernels of ours on the GPU: cuBLAS for two, none for int8
+CPU_OPS |= {"matmul", "grouped_matmul"}  # CuPy's
 FOLDERS = {
     "core": {"core"},
     "ops": {"core", "ops"},

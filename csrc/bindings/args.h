@@ -52,12 +52,18 @@ class Args {
   // Array whose last axis is contiguous; the other axes may be strided.
   template <class T, class... Dims>
   T* strided(const char* name, const Tensor& t, Dims&... dims) const {
-    using Element = std::remove_const_t<T>;
-    check_dtype(name, t, dtype_of<Element>());
-    check_shape(name, t, {&dims...});
+    T* data = placed<T>(name, t, dims...);
     const int last = t.ndim - 1;
     check(t.shape[last] <= 1 || empty(t) || t.stride[last] == 1, op_, ": the last axis of ", name,
           " is not contiguous");
+    return data;
+  }
+
+  // Array with any strides.
+  template <class T, class... Dims>
+  T* placed(const char* name, const Tensor& t, Dims&... dims) const {
+    check_dtype(name, t, dtype_of<std::remove_const_t<T>>());
+    check_shape(name, t, {&dims...});
     check(std::is_const_v<T> || t.writable, op_, ": ", name, " is read-only");
     return static_cast<T*>(t.data);
   }
@@ -143,5 +149,13 @@ class Args {
     return "[" + shape + "]" + bound;
   }
 };
+
+// Offsets of E groups of consecutive rows, of M.
+inline void check_offsets(const Args& a, const int32_t* offsets, int E, int M) {
+  a.require(offsets[0] == 0, "offsets[0] is ", offsets[0], ", expected 0");
+  for (int e = 0; e < E; e++)
+    a.require(offsets[e] <= offsets[e + 1], "offsets falls from ", offsets[e], " to ", offsets[e + 1]);
+  a.require(offsets[E] <= M, "offsets ends at ", offsets[E], ", expected at most M = ", M);
+}
 
 }  // namespace kimi

@@ -19,6 +19,7 @@ NB_MODULE(KIMI_MODULE, m) {
   });
   kimi::register_norm(m);
   kimi::register_linear(m);
+  kimi::register_matmul(m);
   kimi::register_attention(m);
   kimi::register_moe(m);
   kimi::register_sampling(m);

@@ -135,13 +135,6 @@ void moe_unpermute(On on, Tensor y, Tensor topk_weights, Tensor inverse, Tensor 
   KIMI_RUN(on, moe_unpermute, p);
 }
 
-void check_offsets(const Args& a, const int32_t* offsets, int E, int M) {
-  a.require(offsets[0] == 0, "offsets[0] is ", offsets[0], ", expected 0");
-  for (int e = 0; e < E; e++)
-    a.require(offsets[e] <= offsets[e + 1], "offsets falls from ", offsets[e], " to ", offsets[e + 1]);
-  a.require(offsets[E] <= M, "offsets ends at ", offsets[E], ", expected at most M = ", M);
-}
-
 template <class On>
 GroupedGemmParams<typename On::Activation> grouped_gemm_params(On on, const Args& a, Tensor x,
                                                                const ExpertTable& experts, Tensor offsets, Tensor out) {

@@ -70,6 +70,7 @@ auto null_of(Result (*)(OnCuda, Arguments...)) {
 
 void register_norm(nanobind::module_& m);
 void register_linear(nanobind::module_& m);
+void register_matmul(nanobind::module_& m);
 void register_attention(nanobind::module_& m);
 void register_moe(nanobind::module_& m);
 void register_sampling(nanobind::module_& m);

@@ -60,7 +60,7 @@ struct GemmKernels {
                     int rows, int n, float* panel);
   // sums[t * sums_stride + r] += sum_i x[t * x_stride + i] * panel[i * kStrip + r] for r < kStrip, i ascending
   void (*multiply)(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
-                   int sums_stride);
+                   int64_t sums_stride);
 };
 
 // Products of int8 weights [rows, n], 32 inputs of a row with a scale, with integers. Each group of 32 inputs of x

@@ -369,7 +369,7 @@ void pack_int4(const uint8_t* w, int64_t w_stride, int64_t ahead, const bf16* sc
 }
 
 template <int kTokens>
-void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, float* sums, int sums_stride) {
+void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, float* sums, int64_t sums_stride) {
   // Every loop over tokens is unrolled: one that is not would keep the sums in memory.
   __m256 a[kTokens], b[kTokens];
 #pragma GCC unroll 6
@@ -392,7 +392,8 @@ void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, 
 }
 
 // Tiles of almost equal numbers of tokens: one alone would wait for each product.
-void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums, int sums_stride) {
+void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
+              int64_t sums_stride) {
   constexpr decltype(&multiply_tile<1>) kTiles[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
                                                     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
   const int tiles = (tokens + kTileTokens - 1) / kTileTokens;

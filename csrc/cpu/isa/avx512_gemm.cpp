@@ -10,7 +10,7 @@ static_assert(kStrip == 16, "one register");
 constexpr int kTileTokens = 12;  // so many sums hide the multiply-add's latency, and 13 loads serve 12 of them
 
 template <int kTokens>
-void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, float* sums, int sums_stride) {
+void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, float* sums, int64_t sums_stride) {
   // Every loop over tokens is unrolled: one that is not would keep the sums in memory.
   __m512 sum[kTokens];
 #pragma GCC unroll 12
@@ -28,7 +28,8 @@ void multiply_tile(const float* x, int64_t x_stride, const float* panel, int n, 
 }
 
 // Tiles of almost equal numbers of tokens: one alone would wait for each product.
-void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums, int sums_stride) {
+void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
+              int64_t sums_stride) {
   constexpr decltype(&multiply_tile<1>) kTiles[] = {
       multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
       multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};

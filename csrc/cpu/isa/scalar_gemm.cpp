@@ -54,7 +54,8 @@ void pack_int4(const uint8_t* w, int64_t w_stride, int64_t, const bf16* scale, i
   pack(rows, n, panel, [=](int r, int i) { return int4_value(w + r * w_stride, scale + r * scale_stride, i); });
 }
 
-void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums, int sums_stride) {
+void multiply(const float* x, int64_t x_stride, int tokens, const float* panel, int n, float* sums,
+              int64_t sums_stride) {
   for (int t = 0; t < tokens; t++) {
     float sum[kStrip] = {};
     for (int i = 0; i < n; i++)

@@ -20,6 +20,7 @@ from kimi_native.ops.linear import (
     quantize_int8,
     silu_and_mul,
 )
+from kimi_native.ops.matmul import grouped_matmul, matmul
 from kimi_native.ops.moe import (
     ExpertWeights,
     fused_moe,
@@ -48,8 +49,10 @@ __all__ = [
     "gemm_int8",
     "grouped_gemm",
     "grouped_gemm_int4",
+    "grouped_matmul",
     "isa",
     "layer_norm",
+    "matmul",
     "mla_decode",
     "mla_prefill",
     "moe_permute",
