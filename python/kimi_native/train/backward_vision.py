@@ -18,7 +18,7 @@ from kimi_native.config import Config
 from kimi_native.media import MediaItem
 
 SCORES = 2**20  # of attention that are held together, in items; a larger item goes alone
-PIECE = 2**15  # numbers that pass through several loops while they are in the cache
+PIECE = 2**16  # numbers that pass through several loops while they are in the cache
 
 PATCHES = "vision_tower.patch_embed.proj"
 POSITIONS = "vision_tower.patch_embed.pos_emb.weight"
@@ -212,18 +212,22 @@ def _behind_norm_backward(params, grads, norm: str, linear: str, normal: Normal,
 
 def _normalise(x, eps: float) -> Normal:
     """x [rows, H] without its mean, over the root of its variance and eps."""
-    rows = x - x.mean(axis=1, keepdims=True)
-    factor = 1 / np.sqrt(np.einsum("th,th->t", rows, rows) / x.shape[1] + eps)[:, None]
+    rows = x - _mean(x)
+    factor = 1 / np.sqrt(_mean(rows, rows) + eps)
     rows *= factor
     return Normal(rows, factor)
 
 
 def _normalise_backward(normal: Normal, d) -> None:
     """d, the gradient of normal.rows, becomes in place that of what went in."""
-    H = d.shape[1]
-    d -= d.mean(axis=1, keepdims=True)
-    d -= normal.rows * (np.einsum("th,th->t", normal.rows, d) / H)[:, None]
+    d -= _mean(d)
+    d -= normal.rows * _mean(normal.rows, d)
     d *= normal.factor
+
+
+def _mean(*factors):
+    """Of the product along the rows, each [rows, H]: [rows, 1]; without the product, and faster than mean."""
+    return np.einsum(",".join(["th"] * len(factors)) + "->t", *factors)[:, None] / factors[0].shape[1]
 
 
 def _gelu_backward(x, activated, d, tanh: bool) -> None:
@@ -231,15 +235,20 @@ def _gelu_backward(x, activated, d, tanh: bool) -> None:
     x, activated, d = x.ravel(), activated.ravel(), d.reshape(-1)
     for begin in range(0, len(x), PIECE):
         v, g = x[begin : begin + PIECE], activated[begin : begin + PIECE]
-        share = np.divide(g, v, out=np.full_like(v, 0.5), where=np.abs(v) > 1e-30)  # Phi(v)
+        slope = v * v
+        with np.errstate(invalid="ignore"):
+            share = g / v  # Phi(v), by either formula
+        share[slope == 0] = 0.5  # 0 / 0, and numbers so small that g has lost digits
         if tanh:
-            slope = v * v
             slope *= 6 * 0.044715 * math.sqrt(2 / math.pi)
             slope += 2 * math.sqrt(2 / math.pi)
             slope *= g
             slope *= 1 - share
         else:
-            slope = v * np.exp(v * v * -0.5) / math.sqrt(2 * math.pi)
+            slope *= -0.5
+            np.exp(slope, out=slope)
+            slope *= v
+            slope *= 1 / math.sqrt(2 * math.pi)
         slope += share
         d[begin : begin + PIECE] *= slope
 
@@ -308,7 +317,7 @@ def _attend(qkv, groups: list[Group]):
             top = p.max(axis=2, keepdims=True)
             p -= top
             np.exp(p, out=p)
-            total = p.sum(axis=2, keepdims=True)
+            total = np.einsum("bij->bi", p)[:, :, None]
             np.divide(ops.matmul(p, v[:, :, n]), total, out=attended[:, :, n])
             lse[n, group.rows] = (top + np.log(total)).ravel()
     return out.reshape(T, N * D), lse
