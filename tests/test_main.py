@@ -83,7 +83,7 @@ SAMPLING += [
     "--instant",
 ]
 HELP = {
-    (): ["generate", "chat", "info", "make-tiny", "kimi-native make-tiny tiny"],
+    (): ["generate", "chat", "info", "make-tiny", "train", "kimi-native make-tiny tiny"],
     ("generate",): ["--model", "--image", "--video", "--raw", "--system", *SAMPLING, "prompt"],
     ("chat",): [
         "--model",
@@ -100,6 +100,7 @@ HELP = {
         "Ctrl-C",
     ],
     ("info",): ["DIR", "config.json"],
+    ("train",): ["--data FILE[:WEIGHT]", "--init", "--from", "--plot", "examples:", ".jsonl", "goes on where"],
     ("make-tiny",): ["DIR", "--preset", "--experts", "--seed", "tiny-k2", "full-width", "full-size"],
 }
 

@@ -183,7 +183,7 @@ def test_the_exported_model(tmp_path, model, tokens):
 
 
 def test_a_failed_export_is_written_at_the_next_run(tmp_path, model, tokens, monkeypatch):
-    def export(*args):
+    def export(*args, **options):
         raise OSError("No space left on device")
 
     run = trainer(tmp_path, model, [tokens], export=True)
@@ -327,7 +327,9 @@ def test_another_run_is_refused(tmp_path, model, tokens):
     trainer(tmp_path / "run", model, [tokens], steps=1).run()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: flip(data)])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 999, lambda data: flip(data)]
+)
 def test_damaged_checkpoint(tmp_path, model, tokens, damage):
     trainer(tmp_path, model, [tokens]).run()
     last = tmp_path / "step-00000008.npz"

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--from", dest="base", metavar="DIR", help="checkpoint folder as published: begin with its weights"
     )
-    add("--steps", type=int, required=True, metavar="N")
+    add("--steps", type=int, required=True, metavar="N", help="updates of the weights, each by one batch")
     add("--lr", type=float, required=True, metavar="X", help="learning rate, after the warm-up")
     add("--warmup", type=int, default=0, metavar="N", help="steps in which the rate rises to that (default 0)")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="of the rate (default constant)")

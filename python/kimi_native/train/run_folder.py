@@ -62,13 +62,14 @@ class RunFolder:
         try:
             with np.load(files[-1], allow_pickle=False) as arrays:
                 state = json.loads(str(arrays["state"]))
-                _check_same(files[-1], state["identity"], self.identity)
-                return Saved(state["step"], *(_with_prefix(arrays, prefix) for prefix in ("params/", "optimizer/")))
-        except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                saved = Saved(state["step"], *(_with_prefix(arrays, prefix) for prefix in ("params/", "optimizer/")))
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{files[-1]}: cannot be read ({error}), expected a checkpoint; without this file the run goes on from "
                 f"the one before"
             ) from error
+        _check_same(files[-1], state["identity"], self.identity)
+        return saved
 
     def cut_log(self, step: int) -> None:
         """Keep what the log says of the first `step` steps; a line that was not finished goes too."""

@@ -1,7 +1,6 @@
 """The training loop: a step, what it logs, and checkpoints from which a killed run goes on to the very same weights."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,8 +127,9 @@ class Trainer:
                     self._report({"step": self.step, "validation_loss": self.validation_loss()}, progress)
                 if self._is_due(self.training.save_every):
                     self._save()
-        if self.source is not None:
-            self._export()
+        exported = self.folder.path / "checkpoint"
+        if self.source is not None and not exported.exists():
+            export(self.params, self.config, exported, self.source, levels=self.training.qat_levels)
 
     def validation_loss(self) -> float:
         """The mean over all targets of the validation batches."""
@@ -184,14 +184,6 @@ class Trainer:
             if not np.isfinite(array).all():
                 raise FloatingPointError(f"{name} is not finite after the update, which no checkpoint keeps")
         self.folder.save(Saved(self.step, self.params, self.optimizer.state_dict()))
-
-    def _export(self) -> None:
-        """A model that a killed export left unfinished is written anew."""
-        target, partial = self.folder.path / "checkpoint", self.folder.path / ".checkpoint.partial"
-        if not target.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            export(self.params, self.config, partial, self.source)
-            partial.rename(target)
 
 
 def clip_gradients(grads: dict[str, np.ndarray], largest: float) -> float:
