@@ -335,8 +335,19 @@ def test_a_loss_that_is_not_finite_is_named(float64, whole):
     values[name][4, 0, 0] = 0
     values["model.layers.1.mlp.shared_experts.down_proj.weight"] *= 1e300
     values["model.layers.1.mlp.shared_experts.up_proj.weight"] *= 1e300
-    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="what leaves layer 1 is the first"):
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="what enters layer 2 is not finite"):
         backward.loss_and_gradients(values, config, batch)
+
+
+@pytest.mark.parametrize("function", [backward.loss_and_gradients, backward.loss, backward.logits])
+def test_parameters_that_do_not_fit_are_named(float64, whole, function):
+    values, config, batch = whole
+    name = "model.layers.2.mlp.experts.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"^params: '{name}' is \[4, 7, 12\], expected \[5, 7, 12\]"):
+        function(values | {name: values[name][1:]}, config, batch)
+    del values[name]
+    with pytest.raises(ValueError, match=rf"^params: '{name}' is missing, expected \[5, 7, 12\]"):
+        function(values, config, batch)
 
 
 FLOAT32 = 2e-5  # of the largest logit or, of each gradient, its norm

@@ -8,7 +8,6 @@ Shapes: T tokens, H hidden, V vocab_size, N heads, E routed experts. All arrays 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +20,12 @@ from kimi_native.splice import find_spans
 from kimi_native.train import backward_mla, backward_mlp, backward_vision
 from kimi_native.train.backward_mla import Sequences
 from kimi_native.train.batch import NO_LOSS, Batch
-from kimi_native.train.params import below, put_below
+from kimi_native.train.params import below, check, put_below
 
 LOGITS = 2**20  # that are held together, but of 64 tokens at least
 EMBEDDING = "model.embed_tokens.weight"
 BIAS = "mlp.gate.e_score_correction_bias"
+VISION = ("vision_tower.", "mm_projector.")
 
 
 @dataclass(frozen=True)
@@ -56,50 +56,47 @@ class _Layer(NamedTuple):
 def loss_and_gradients(params: dict, config: Config, batch: Batch) -> Gradients:
     """Of the parameters that params.shapes lists.
 
-    Raises ValueError for a batch that does not fit the model, naming what it has and what is expected; KeyError for a
-    missing parameter; FloatingPointError for a loss that is not finite, naming the parameter or the layer.
+    Raises ValueError for a parameter or a batch that does not fit the model, naming what it has and what is expected;
+    FloatingPointError for a loss that is not finite, naming the parameter or the layer where that begins.
     """
     c, text, sequences = _begin(params, config, batch)
     layers = _layers(text, c)
-    x, media = _embed(params, text, config, batch)
+    x, media = _embed(params, config, batch)
     saved = []
     for w in layers:
         x, of_layer = _layer_forward(w, c, x, sequences)
         saved.append(of_layer)
     loss, dx, grads = _head_backward(text, c, x, batch.targets)
-    _check_finite(loss, params, [*(layer.x for layer in saved), x])
+    enters = {f"what enters layer {index}": layer.x for index, layer in enumerate(saved)}
+    _check_finite(loss, params, enters | {"what leaves the last layer": x})
     max_logits = [layer.attention.max_logits for layer in saved]
-    tokens_per_expert = {}
+    tokens_per_expert = _tokens_per_expert(config, saved)
     for index in reversed(range(len(layers))):
-        of_layer = saved.pop()  # and forget it then
-        if isinstance(of_layer.mlp, backward_mlp.Saved):
-            tokens = np.diff(of_layer.mlp.offsets).astype(np.int64)
-            tokens_per_expert[f"{root(config)}model.layers.{index}.{BIAS}"] = tokens
-        dx, dw = _layer_backward(layers[index], c, of_layer, sequences, dx)
+        dx, dw = _layer_backward(layers[index], c, saved.pop(), sequences, dx)  # forgotten then
         grads |= put_below(f"model.layers.{index}.", dw)
-    grads[EMBEDDING], of_vision = _embed_backward(params, text, config, batch, media, dx)
-    return Gradients(loss, put_below(root(config), grads) | of_vision, max_logits, tokens_per_expert)
+    grads = put_below(root(config), grads) | _embed_backward(params, config, batch, media, dx)
+    return Gradients(loss, grads, max_logits, tokens_per_expert)
 
 
 def loss(params: dict, config: Config, batch: Batch) -> float:
-    """The loss alone: one layer's memory. Arguments and errors as in loss_and_gradients."""
+    """The loss alone, in the memory of one layer. Arguments and errors as in loss_and_gradients."""
     c, text, sequences = _begin(params, config, batch)
-    x = _forward(params, text, config, batch, sequences)
-    result = _head_loss(text, c, x, batch.targets)
-    _check_finite(result, params, [x])
+    result = _head_loss(text, c, _forward(params, config, batch, text, sequences), batch.targets)
+    _check_finite(result, params, {})
     return result
 
 
 def logits(params: dict, config: Config, batch: Batch) -> np.ndarray:
     """[T, V]. Arguments and errors as in loss_and_gradients."""
     c, text, sequences = _begin(params, config, batch)
-    x = _forward(params, text, config, batch, sequences)
+    x = _forward(params, config, batch, text, sequences)
     return ops.matmul(ops.rms_norm(x, text["model.norm.weight"], c.rms_norm_eps), text["lm_head.weight"].T)
 
 
 def _begin(params: dict, config: Config, batch: Batch) -> tuple[TextConfig, dict, Sequences]:
-    """The text model's config and parameters, without what stands before model. and lm_head., and its sequences."""
+    """The text model's config, its parameters without what stands before model. and lm_head., and the sequences."""
     c = config.text_config
+    check(params, config)
     _check_batch(batch, c.vocab_size)
     return c, below(params, root(config)), Sequences.of(c, batch.cu_seqlens)
 
@@ -122,16 +119,15 @@ def _check_batch(batch: Batch, vocab_size: int) -> None:
         raise ValueError(f"batch: targets has {len(targets)} times NO_LOSS, expected at least one token to predict")
 
 
-def _check_finite(loss: float, params: dict, streams: Sequence) -> None:
-    """streams: what enters each layer, then what leaves the last one."""
+def _check_finite(loss: float, params: dict, streams: dict) -> None:
+    """streams: what it is -> the residual stream there, in the order of the model."""
     if math.isfinite(loss):
         return
-    for name, array in params.items():
+    found = f"loss is {loss}, expected a finite number"
+    for what, array in ({f"parameter {name!r}": array for name, array in params.items()} | streams).items():
         if not np.isfinite(array).all():
-            raise FloatingPointError(f"loss is {loss}, expected a finite number: parameter {name!r} is not finite")
-    first = next((i for i, x in enumerate(streams) if not np.isfinite(x).all()), len(streams))
-    where = ("the embeddings", *(f"what leaves layer {i}" for i in range(len(streams) - 1)), "the logits")[first]
-    raise FloatingPointError(f"loss is {loss}, expected a finite number: {where} is the first that is not finite")
+            raise FloatingPointError(f"{found}: {what} is not finite")
+    raise FloatingPointError(f"{found}; the parameters are finite")
 
 
 def _layers(text: dict, c: TextConfig) -> list[dict]:
@@ -139,9 +135,17 @@ def _layers(text: dict, c: TextConfig) -> list[dict]:
     return [below(text, f"model.layers.{layer}.") for layer in range(c.num_hidden_layers)]
 
 
-def _forward(params: dict, text: dict, config: Config, batch: Batch, sequences: Sequences) -> np.ndarray:
+def _tokens_per_expert(config: Config, saved: list[_Layer]) -> dict[str, np.ndarray]:
+    return {
+        f"{root(config)}model.layers.{index}.{BIAS}": np.diff(layer.mlp.offsets).astype(np.int64)
+        for index, layer in enumerate(saved)
+        if isinstance(layer.mlp, backward_mlp.Saved)
+    }
+
+
+def _forward(params: dict, config: Config, batch: Batch, text: dict, sequences: Sequences) -> np.ndarray:
     """The residual stream [T, H] that leaves the last layer."""
-    x, _ = _embed(params, text, config, batch)
+    x, _ = _embed(params, config, batch)
     for w in _layers(text, config.text_config):
         x, _ = _layer_forward(w, config.text_config, x, sequences)
     return x
@@ -174,9 +178,9 @@ def _layer_backward(w: dict, c: TextConfig, saved: _Layer, sequences: Sequences,
     return dx, norms | put_below("self_attn.", attention) | put_below("mlp.", mlp)
 
 
-def _embed(params: dict, text: dict, config: Config, batch: Batch) -> tuple[np.ndarray, tuple]:
+def _embed(params: dict, config: Config, batch: Batch) -> tuple[np.ndarray, tuple]:
     """[T, H], of media their rows; and (spans, what backward_vision needs)."""
-    x = np.take(text[EMBEDDING], batch.token_ids, axis=0)
+    x = np.take(params[root(config) + EMBEDDING], batch.token_ids, axis=0)
     if not batch.media:
         return x, ([], None)
     spans = find_spans(batch.token_ids, config.media_placeholder_token_id, batch.media)
@@ -186,25 +190,28 @@ def _embed(params: dict, text: dict, config: Config, batch: Batch) -> tuple[np.n
     return x, (spans, saved)
 
 
-def _embed_backward(params: dict, text: dict, config: Config, batch: Batch, media: tuple, dx) -> tuple:
-    """(gradient of the embedding, gradients of vision by name) from dx [T, H]."""
+def _embed_backward(params: dict, config: Config, batch: Batch, media: tuple, dx) -> dict:
+    """Gradients of the embedding and of vision from dx [T, H]."""
     spans, saved = media
+    name, is_text = root(config) + EMBEDDING, np.ones(len(dx), bool)
+    for span in spans:
+        is_text[span.start : span.stop] = False
+    embedding = _sums_by_token(batch.token_ids[is_text], dx[is_text], len(params[name]))
     if spans:
         of_vision = backward_vision.backward(params, config, saved, [dx[span.start : span.stop] for span in spans])
     else:
-        vision = ("vision_tower.", "mm_projector.")
-        of_vision = {name: np.zeros_like(array) for name, array in params.items() if name.startswith(vision)}
-    is_text = np.ones(len(dx), bool)
-    for span in spans:
-        is_text[span.start : span.stop] = False
-    at = np.flatnonzero(is_text)
-    ids = batch.token_ids[at]
-    order = np.argsort(ids, kind="stable")
-    tokens, first = np.unique(ids[order], return_index=True)
-    gradient = np.zeros_like(text[EMBEDDING])
-    if tokens.size:
-        gradient[tokens] = np.add.reduceat(dx[at[order]], first)
-    return gradient, of_vision
+        of_vision = {name: np.zeros_like(array) for name, array in params.items() if name.startswith(VISION)}
+    return {name: embedding} | of_vision
+
+
+def _sums_by_token(ids, rows, vocab_size: int) -> np.ndarray:
+    """[V, H]: for each token the sum of its rows [T, H]."""
+    sums = np.zeros((vocab_size, rows.shape[1]), rows.dtype)
+    if ids.size:
+        order = np.argsort(ids, kind="stable")
+        tokens, first = np.unique(ids[order], return_index=True)
+        sums[tokens] = np.add.reduceat(rows[order], first)
+    return sums
 
 
 def _head_loss(text: dict, c: TextConfig, x, targets) -> float:

@@ -91,6 +91,14 @@ def published(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{layer}{_STACKED}{expert}.{projection}", matrix
 
 
+def check(params: dict, config: Config) -> None:
+    """Raises ValueError for a parameter that is missing or has another shape, naming it."""
+    for name, shape in shapes(config).items():
+        found = list(params[name].shape) if name in params else "missing"
+        if found != list(shape):
+            raise ValueError(f"params: {name!r} is {found}, expected {list(shape)}")
+
+
 def below(params: dict, prefix: str) -> dict:
     """Those whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
