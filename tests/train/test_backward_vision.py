@@ -110,7 +110,7 @@ def assert_close(grads, expected, tolerance):
 
 
 def test_gradients_in_float32(rng, monkeypatch):
-    """Against float64 ones; 1e-6 of the norm of each were seen."""
+    """Against float64 ones; 1.6e-6 of the norm of each were seen."""
     items, params = mixed_items(rng), random_params(rng, CONFIG, np.float32)
     drows = random_drows(rng, items, CONFIG, np.float32)
     _, saved = backward_vision.forward(params, CONFIG, items)
@@ -119,7 +119,7 @@ def test_gradients_in_float32(rng, monkeypatch):
     monkeypatch.setattr(backward_vision, "ops", reference)
     exact = {name: np.float64(param) for name, param in params.items()}
     _, saved = backward_vision.forward(exact, CONFIG, items)
-    assert_close(grads, backward_vision.backward(exact, CONFIG, saved, drows), 1e-5)
+    assert_close(grads, backward_vision.backward(exact, CONFIG, saved, drows), 5e-6)
 
 
 @pytest.mark.parametrize("scores", [1, 150, backward_vision.SCORES])
@@ -139,8 +139,9 @@ def test_items_together_are_items_one_by_one(rng, in_float64, monkeypatch, score
     assert_close(grads, total, 1e-12)
 
 
-def test_gelu_backward_at_its_ends(in_float64):
+def test_gelu_backward_at_its_ends(in_float64, monkeypatch):
     """Its derivative at 0, of which the quotient gelu(x) / x says nothing, and where it is that of 0 and of x."""
+    monkeypatch.setattr(backward_vision, "PIECE", 4)
     x = np.array([0.0, -0.0, 5e-324, 1e-30, -60.0, 60.0])
     for tanh in (False, True):
         d = np.full(6, 2.0)

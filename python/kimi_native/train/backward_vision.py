@@ -98,9 +98,7 @@ def forward(params: dict, config: Config, items: Sequence[MediaItem]) -> tuple[l
     final = _normalise(x, vision.EPS)
     x = final.rows * params[f"{FINAL}.weight"] + params[f"{FINAL}.bias"]
     merged = _normalise(_merge(x, groups), c.projector_ln_eps)
-    weight, bias = _behind_norm(params, f"{PROJECTOR}.pre_norm", f"{PROJECTOR}.proj.0")
-    inner = ops.matmul(merged.rows.reshape(-1, weight.shape[1]), weight.T)
-    inner += bias
+    inner = _behind_norm(params, f"{PROJECTOR}.pre_norm", f"{PROJECTOR}.proj.0", merged)
     rows = _linear(params, f"{PROJECTOR}.proj.2", ops.gelu(inner))
     return _by_item(rows, groups), Saved(groups, patches, rotation, blocks, final, merged, inner)
 
@@ -184,28 +182,31 @@ def _linear_backward(params, grads, name: str, x, d):
     return ops.matmul(d, params[f"{name}.weight"])
 
 
-def _behind_norm(params, norm: str, linear: str):
-    """Weight [out, in] and bias [out] of the linear map with the norm's inside; it may take several rows in one."""
+def _scaled(params, norm: str, linear: str):
+    """The weight [out, in] of the linear map with the norm's inside; `in` may be several rows of the norm."""
+    weight, gain = params[f"{linear}.weight"], params[f"{norm}.weight"]
+    return (weight.reshape(-1, len(gain)) * gain).reshape(weight.shape)
+
+
+def _behind_norm(params, norm: str, linear: str, normal: Normal):
+    """What the linear map makes of the norm, [T, out]; normal is the norm before its weight and bias."""
     weight, shift = params[f"{linear}.weight"], params[f"{norm}.bias"]
-    by_row = weight.reshape(-1, len(shift))
-    scaled = (by_row * params[f"{norm}.weight"]).reshape(weight.shape)
-    return scaled, params[f"{linear}.bias"] + ops.matmul(by_row, shift[:, None]).reshape(len(weight), -1).sum(axis=1)
+    out = ops.matmul(normal.rows.reshape(-1, weight.shape[1]), _scaled(params, norm, linear).T)
+    shifted = ops.matmul(weight.reshape(-1, len(shift)), shift[:, None]).reshape(len(weight), -1)
+    out += params[f"{linear}.bias"] + shifted.sum(axis=1)
+    return out
 
 
 def _behind_norm_backward(params, grads, norm: str, linear: str, normal: Normal, d):
     """The gradient of what went into the norm, [rows, H], from that of what the linear map gave, d [T, out]."""
-    weight, shift = params[f"{linear}.weight"], params[f"{norm}.bias"]
-    scaled, _ = _behind_norm(params, norm, linear)
-    dscaled = ops.matmul(d.T, normal.rows.reshape(len(d), -1)).reshape(-1, len(shift))
+    weight, gain, shift = params[f"{linear}.weight"], params[f"{norm}.weight"], params[f"{norm}.bias"]
+    dscaled = ops.matmul(d.T, normal.rows.reshape(len(d), -1)).reshape(len(weight), -1, len(gain))
     dbias = d.sum(axis=0)
-    grads[f"{linear}.bias"] = dbias
-    grads[f"{norm}.weight"] = np.einsum("oh,oh->h", dscaled, weight.reshape(dscaled.shape))
+    grads[f"{norm}.weight"] = np.einsum("orh,orh->h", dscaled, weight.reshape(dscaled.shape))
     grads[f"{norm}.bias"] = ops.matmul(dbias[None], weight).reshape(-1, len(shift)).sum(axis=0)
-    dscaled *= params[f"{norm}.weight"]
-    dweight = dscaled.reshape(len(weight), -1, len(shift))
-    dweight += dbias[:, None, None] * shift
-    grads[f"{linear}.weight"] = dweight.reshape(weight.shape)
-    dx = ops.matmul(d, scaled).reshape(normal.rows.shape)
+    grads[f"{linear}.weight"] = (dscaled * gain + dbias[:, None, None] * shift).reshape(weight.shape)
+    grads[f"{linear}.bias"] = dbias
+    dx = ops.matmul(d, _scaled(params, norm, linear)).reshape(normal.rows.shape)
     _normalise_backward(normal, dx)
     return dx
 
@@ -226,7 +227,7 @@ def _normalise_backward(normal: Normal, d) -> None:
 
 
 def _mean(*factors):
-    """Of the product along the rows, each [rows, H]: [rows, 1]; without the product, and faster than mean."""
+    """The mean of each row of the product of the factors, [rows, H] each: [rows, 1]. np.mean takes twice as long."""
     return np.einsum(",".join(["th"] * len(factors)) + "->t", *factors)[:, None] / factors[0].shape[1]
 
 
@@ -256,17 +257,13 @@ def _gelu_backward(x, activated, d, tanh: bool) -> None:
 def _block(params, name: str, x, rotation, groups: list[Group]) -> Block:
     """Attention and MLP, both added to x [T, H] in place."""
     norm0 = _normalise(x, vision.EPS)
-    weight, bias = _behind_norm(params, f"{name}.norm0", f"{name}.wqkv")
-    qkv = ops.matmul(norm0.rows, weight.T)
-    qkv += bias
+    qkv = _behind_norm(params, f"{name}.norm0", f"{name}.wqkv", norm0)
     qkv = qkv.reshape(len(x), 3, -1, 2 * rotation[0].shape[1])
     _rotate(qkv, *rotation)
     attended, lse = _attend(qkv, groups)
     x += _linear(params, f"{name}.wo", attended)
     norm1 = _normalise(x, vision.EPS)
-    weight, bias = _behind_norm(params, f"{name}.norm1", f"{name}.mlp.fc0")
-    inner = ops.matmul(norm1.rows, weight.T)
-    inner += bias
+    inner = _behind_norm(params, f"{name}.norm1", f"{name}.mlp.fc0", norm1)
     x += _linear(params, f"{name}.mlp.fc1", ops.gelu(inner, tanh=True))
     return Block(norm0, qkv, attended, lse, norm1, inner)
 
