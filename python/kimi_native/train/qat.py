@@ -27,7 +27,8 @@ def quantize(w: np.ndarray, levels: int = 7) -> tuple[np.ndarray, np.ndarray]:
 def fake_quantize(w: np.ndarray, levels: int = 7) -> np.ndarray:
     """q * s of `quantize`, float32 like w and exact. A group with a value that is not finite becomes NaN."""
     q, scale = _quantize("fake_quantize", w, levels)
-    q *= scale.astype(np.float32)[..., None]
+    with np.errstate(invalid="ignore"):
+        q *= scale.astype(np.float32)[..., None]
     return q.reshape(w.shape)
 
 
@@ -54,7 +55,7 @@ def _quantize(function: str, w: np.ndarray, levels: int) -> tuple[np.ndarray, np
     if w.ndim < 2 or w.shape[-1] % GROUP:
         raise ValueError(f"{function}: w has shape {list(w.shape)}, expected [..., out, in], in a multiple of {GROUP}")
     groups = w.reshape(*w.shape[:-1], w.shape[-1] // GROUP, GROUP)
-    with np.errstate(invalid="ignore"):  # NaN is an answer
+    with np.errstate(invalid="ignore"):
         absmax = np.abs(groups).max(axis=-1)
         scale = np.maximum(absmax / np.float32(levels), SMALLEST_SCALE).astype(ml_dtypes.bfloat16)
         q = groups / scale.astype(np.float32)[..., None]
