@@ -120,6 +120,7 @@ SWIGLU = Cases(  # (T, I)
     gpu=(*((T, MOE_INTERMEDIATE) for T in STEPS), (1, INTERMEDIATE), (4096, INTERMEDIATE)),
     quick=((1, MOE_INTERMEDIATE), (4096, MOE_INTERMEDIATE)),
 )
+SWIGLU_BACKWARD = Cases(cpu=((512, MOE_INTERMEDIATE), (6144, 512)), gpu=(), quick=())  # (T, I); the CPU's alone
 DEQUANTIZED = Cases(  # [out, in]
     cpu=(EXPERT_UP,),
     gpu=(EXPERT_UP, (3 * MOE_INTERMEDIATE, HIDDEN), (48 * 3 * MOE_INTERMEDIATE, HIDDEN)),  # one expert, 48 experts

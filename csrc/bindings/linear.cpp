@@ -11,6 +11,7 @@
 #include "ops/gemm_int4.h"
 #include "ops/gemm_int8.h"
 #include "ops/silu_and_mul.h"
+#include "ops/silu_and_mul_backward.h"
 
 namespace kimi {
 namespace {
@@ -156,6 +157,23 @@ void silu_and_mul(On on, Tensor x, Tensor out) {
 }
 
 template <class On>
+void silu_and_mul_backward(On on, Tensor x, Tensor dout, Tensor out) {
+  const Args a("silu_and_mul_backward", on);
+  Dim T{"T"}, two_I{"2 I"};
+  SiluAndMulBackwardParams p{};
+  p.x = a.strided<const float>("x", x, T, two_I);
+  a.require(two_I.size % 2 == 0, "the last axis of x has ", two_I.size, " elements, expected an even number");
+  Dim I{"I", two_I.size / 2};
+  p.dout = a.strided<const float>("dout", dout, T, I);
+  p.out = a.strided<float>("out", out, T, two_I);
+  a.check_apart("out", out, "x", x), a.check_apart("out", out, "dout", dout);
+  p.x_stride = x.stride[0], p.dout_stride = dout.stride[0], p.out_stride = out.stride[0];
+  p.T = T, p.I = I;
+  nb::gil_scoped_release release;
+  cpu::silu_and_mul_backward(p);
+}
+
+template <class On>
 void gelu(On on, Tensor x, std::optional<Tensor> bias, Tensor out, bool tanh) {
   using Activation = typename On::Activation;
   const Args a("gelu", on);
@@ -180,6 +198,7 @@ void register_linear(nb::module_& m) {
   KIMI_DEFINE(m, dequantize_int4);
   KIMI_DEFINE(m, quantize_int4);
   KIMI_DEFINE(m, silu_and_mul);
+  KIMI_DEFINE_CPU(m, silu_and_mul_backward);
   KIMI_DEFINE(m, gelu);
 }
 

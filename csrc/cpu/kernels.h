@@ -93,6 +93,8 @@ struct Kernels {
   void (*narrow)(const float* x, bf16* out, int64_t n);
   void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t pairs);
   void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t n);
+  void (*silu_and_mul_backward)(const float* gate, const float* up, const float* dout, float* dgate, float* dup,
+                                int64_t n);
   // out = (x - mean) / sqrt(mean of (x - mean)^2 + eps) * weight + bias
   void (*layer_norm)(const float* x, const bf16* weight, const bf16* bias, float eps, float* out, int64_t n);
   // out = gelu(x + bias) by erf or by tanh; bias may be null

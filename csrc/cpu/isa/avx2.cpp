@@ -129,6 +129,35 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   _mm256_maskstore_ps(out + i, mask, product);
 }
 
+// As exp is taken of -|gate| alone, neither s = 1 / (1 + exp(-gate)) nor 1 - s cancels or overflows.
+struct SiluGradient {
+  __m256 dgate, dup;
+
+  SiluGradient(__m256 gate, __m256 up, __m256 dout) {
+    const __m256 one = _mm256_set1_ps(1.0f), e = exp8(_mm256_or_ps(gate, _mm256_set1_ps(-0.0f)));
+    const __m256 large = _mm256_div_ps(one, _mm256_add_ps(one, e)), small = _mm256_mul_ps(e, large);
+    const __m256 ds = _mm256_mul_ps(dout, _mm256_blendv_ps(large, small, gate));  // by the sign of gate
+    const __m256 rest = _mm256_blendv_ps(small, large, gate);
+    dgate = _mm256_mul_ps(_mm256_mul_ps(ds, up), _mm256_fmadd_ps(gate, rest, one));
+    dup = _mm256_mul_ps(ds, gate);
+  }
+};
+
+void silu_and_mul_backward(const float* gate, const float* up, const float* dout, float* dgate, float* dup, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const SiluGradient d(_mm256_loadu_ps(gate + i), _mm256_loadu_ps(up + i), _mm256_loadu_ps(dout + i));
+    _mm256_storeu_ps(dgate + i, d.dgate);
+    _mm256_storeu_ps(dup + i, d.dup);
+  }
+  if (i == n) return;
+  const __m256i mask = first_lanes(n - i);
+  const SiluGradient d(_mm256_maskload_ps(gate + i, mask), _mm256_maskload_ps(up + i, mask),
+                       _mm256_maskload_ps(dout + i, mask));
+  _mm256_maskstore_ps(dgate + i, mask, d.dgate);
+  _mm256_maskstore_ps(dup + i, mask, d.dup);
+}
+
 void layer_norm(const float* x, const bf16* weight, const bf16* bias, float eps, float* out, int64_t n) {
   const int64_t whole = n / 8 * 8;
   __m256 a = _mm256_setzero_ps();
@@ -221,6 +250,7 @@ const Kernels avx2_kernels = {
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
+    .silu_and_mul_backward = silu_and_mul_backward,
     .layer_norm = layer_norm,
     .gelu_erf = gelu<gelu_erf8>,
     .gelu_tanh = gelu<gelu_tanh8>,

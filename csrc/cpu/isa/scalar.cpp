@@ -40,6 +40,17 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
+// As exp is taken of -|gate| alone, neither s = 1 / (1 + exp(-gate)) nor 1 - s cancels or overflows.
+void silu_and_mul_backward(const float* gate, const float* up, const float* dout, float* dgate, float* dup, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float g = gate[i], e = expf(-fabsf(g)), large = 1.0f / (1.0f + e), small = e * large;
+    const float s = g < 0 ? small : large, rest = g < 0 ? large : small;
+    const float ds = dout[i] * s;
+    dgate[i] = ds * up[i] * (1.0f + g * rest);
+    dup[i] = ds * g;
+  }
+}
+
 void layer_norm(const float* x, const bf16* weight, const bf16* bias, float eps, float* out, int64_t n) {
   float sum = 0, squares = 0;
   for (int64_t i = 0; i < n; i++) sum += x[i];
@@ -80,6 +91,7 @@ const Kernels scalar_kernels = {
     .narrow = narrow,
     .rope = rope,
     .silu_and_mul = silu_and_mul,
+    .silu_and_mul_backward = silu_and_mul_backward,
     .layer_norm = layer_norm,
     .gelu_erf = gelu_erf,
     .gelu_tanh = gelu_tanh,

@@ -19,6 +19,7 @@ from kimi_native.ops.linear import (
     quantize_int4,
     quantize_int8,
     silu_and_mul,
+    silu_and_mul_backward,
 )
 from kimi_native.ops.matmul import grouped_matmul, matmul
 from kimi_native.ops.moe import (
@@ -65,6 +66,7 @@ __all__ = [
     "set_isa",
     "set_num_threads",
     "silu_and_mul",
+    "silu_and_mul_backward",
     "top_k_top_p_sample",
     "topk_sigmoid",
 ]

@@ -21,6 +21,12 @@ def on_gpu(x) -> bool:
     return extension is not _C or type(x).__module__.partition(".")[0] == "cupy"
 
 
+def check_host(op: str, name: str, x) -> None:
+    """TypeError for an array on the GPU: the op has no kernel there."""
+    if on_gpu(x):
+        raise TypeError(f"{op}: {name} is a CuPy array, expected a NumPy array: there is no kernel of it for the GPU")
+
+
 def gpu_arrays():
     """The library of arrays on the GPU, CuPy. RuntimeError, saying what is missing, without CuPy, driver or GPU."""
     try:

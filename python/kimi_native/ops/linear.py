@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 
 from kimi_native.ops import _cublas
-from kimi_native.ops._array import BF16, empty, on_gpu, run, shape_of
+from kimi_native.ops._array import BF16, check_host, empty, on_gpu, run, shape_of
 
 GROUP = 32  # inputs that share a scale, in the published INT4 format and in int8
 
@@ -77,7 +77,7 @@ def gemm_int8(x, weight, weight_scale, out=None):
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
     op = "gemm_int8"
-    _check_host(op, "x", x)
+    check_host(op, "x", x)
     axes = 3 if getattr(x, "ndim", 2) == 3 else 2
     *outer, n_in = shape_of(op, "x", x, axes)
     if getattr(weight, "ndim", axes) != axes:
@@ -98,16 +98,11 @@ def quantize_int8(weight):
     A group with a non-finite value gets a NaN scale.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
     """
-    _check_host("quantize_int8", "weight", weight)
+    check_host("quantize_int8", "weight", weight)
     n_out, n_in = shape_of("quantize_int8", "weight", weight, 2)
     quantized, scale = empty(weight, n_out, n_in, dtype=np.int8), empty(weight, n_out, n_in // GROUP, dtype=BF16)
     run("quantize_int8", weight=weight, quantized=quantized, weight_scale=scale)
     return quantized, scale
-
-
-def _check_host(op: str, name: str, x) -> None:
-    if on_gpu(x):
-        raise TypeError(f"{op}: {name} is a CuPy array, expected a NumPy array: there is no kernel of it for the GPU")
 
 
 def dequantize_int4(weight_packed, weight_scale):
@@ -152,6 +147,21 @@ def silu_and_mul(x, out=None):
         T, two_I = shape_of("silu_and_mul", "x", x, 2)
         out = empty(x, T, two_I // 2)
     run("silu_and_mul", x=x, out=out)
+    return out
+
+
+def silu_and_mul_backward(x, dout, out=None):
+    """The gradient of x from that of silu_and_mul(x): with s = 1 / (1 + exp(-gate)) and gate, up = x[:, :I], x[:, I:],
+    d gate = dout * up * s * (1 + gate * (1 - s)), d up = dout * gate * s. On the CPU only.
+
+    x: float32 [T, 2 I]. dout: float32 [T, I]. out: float32 [T, 2 I], optional; must not overlap x or dout. Rows of all
+    three may be strided. Returns out.
+    Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    check_host("silu_and_mul_backward", "x", x)
+    out = empty(x, *shape_of("silu_and_mul_backward", "x", x, 2)) if out is None else out
+    run("silu_and_mul_backward", x=x, dout=dout, out=out)
     return out
 
 
