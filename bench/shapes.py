@@ -104,6 +104,17 @@ class Prefill:
         return f"B={self.B} " * (self.B > 1) + f"T={self.T} cached={self.cached} N={self.N}"
 
 
+@dataclass(frozen=True)
+class PrefillBackward:
+    B: int
+    T: int  # of each sequence
+    N: int = HEADS
+    dims: tuple = (NOPE_DIM, ROPE_DIM, V_DIM)
+
+    def __str__(self):
+        return f"B={self.B} T={self.T} N={self.N} " + "+".join(map(str, self.dims))
+
+
 POWERS = tuple(2**i for i in range(14))  # 1 to 8192 tokens
 STEPS = (1, 8, 64, 512, 4096)
 
@@ -203,6 +214,9 @@ PREFILL = Cases(
         for T, cached, B in ((4096, 0, 1), (2048, 0, 2), (16384, 0, 1), (4096, 32768, 1))
     ),
     quick=(Prefill(4096), Prefill(4096, 32768)),
+)
+PREFILL_BACKWARD = Cases(  # the CPU's alone
+    cpu=(PrefillBackward(48, 128, 8, (32, 16, 32)), PrefillBackward(1, 512)), gpu=(), quick=()
 )
 
 _PATCHES = 256, 1656, 4144, 10764  # of 224 x 224, 640 x 480, 1024 x 768 and 1920 x 1080 pixels

@@ -9,6 +9,7 @@
 #include "ops/attention.h"
 #include "ops/mla_decode.h"
 #include "ops/mla_prefill.h"
+#include "ops/mla_prefill_backward.h"
 #include "ops/rope.h"
 
 namespace kimi {
@@ -114,38 +115,76 @@ void check_cu_seqlens(const Args& a, const char* name, const int32_t* cu_seqlens
   a.require(cu_seqlens[B] == total, name, " ends at ", cu_seqlens[B], ", expected ", total);
 }
 
+// What mla_prefill and its gradient are given alike.
+template <class On, class Params>
+struct MlaPrefillArgs {
+  using Activation = typename On::Activation;
+  Dim T{"T"}, S{"S"}, N{"N"}, key_dim{"Dn + R"}, R{"R"}, kv_dim{"Dn + Dv"}, Dv{"Dv"};
+  Params p{};
+
+  MlaPrefillArgs(const Args& a, const Tensor& q, const Tensor& kv, const Tensor& k_pe, const Tensor& cu_seqlens_q,
+                 const Tensor& cu_seqlens_k, const Tensor& causal_offsets, float scale) {
+    p.q = a.strided<const Activation>("q", q, T, N, key_dim);
+    p.kv = a.strided<const Activation>("kv", kv, S, N, kv_dim);
+    p.k_pe = a.strided<const Activation>("k_pe", k_pe, S, R);
+    const int64_t Dn = key_dim.size - R.size;
+    a.require(Dn >= 1 && kv_dim.size > Dn, "q has Dn + R = ", key_dim.size, ", k_pe has R = ", R.size,
+              ", kv has Dn + Dv = ", kv_dim.size, ", expected Dn >= 1 and Dv >= 1");
+    Dv.size = kv_dim.size - Dn;
+    Dim B1{"B + 1"};
+    p.cu_seqlens_q = a.dense<const int32_t>("cu_seqlens_q", cu_seqlens_q, B1);
+    a.require(B1.size >= 1, "cu_seqlens_q is empty, expected [B + 1]");
+    Dim B{"B", B1.size - 1};
+    p.cu_seqlens_k = a.dense<const int32_t>("cu_seqlens_k", cu_seqlens_k, B1);
+    p.causal_offsets = a.dense<const int32_t>("causal_offsets", causal_offsets, B);
+    if constexpr (kOnCpu<On>) {
+      a.require(key_dim.size + Dv.size <= cpu::kMaxMlaPrefillWidth,
+                "q and kv have Dn + R + Dv = ", key_dim.size + Dv.size, ", expected at most ",
+                cpu::kMaxMlaPrefillWidth);
+      check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
+      check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
+    }
+    p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
+    p.kv_stride_s = kv.stride[0], p.kv_stride_n = kv.stride[1], p.k_pe_stride = k_pe.stride[0];
+    p.B = B, p.T = T, p.S = S, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv, p.scale = scale;
+  }
+};
+
 template <class On>
 void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                  Tensor causal_offsets, Tensor out, Tensor lse, float scale, bool continue_state) {
   using Activation = typename On::Activation;
   const Args a("mla_prefill", on);
-  Dim T{"T"}, S{"S"}, N{"N"}, key_dim{"Dn + R"}, R{"R"}, kv_dim{"Dn + Dv"}, B1{"B + 1"};
-  MlaPrefillParams<Activation> p{};
-  p.q = a.strided<const Activation>("q", q, T, N, key_dim);
-  p.kv = a.strided<const Activation>("kv", kv, S, N, kv_dim);
-  p.k_pe = a.strided<const Activation>("k_pe", k_pe, S, R);
-  const int64_t Dn = key_dim.size - R.size;
-  a.require(Dn >= 1 && kv_dim.size > Dn, "q has Dn + R = ", key_dim.size, ", k_pe has R = ", R.size,
-            ", kv has Dn + Dv = ", kv_dim.size, ", expected Dn >= 1 and Dv >= 1");
-  Dim Dv{"Dv", kv_dim.size - Dn};
-  p.cu_seqlens_q = a.dense<const int32_t>("cu_seqlens_q", cu_seqlens_q, B1);
-  a.require(B1.size >= 1, "cu_seqlens_q is empty, expected [B + 1]");
-  Dim B{"B", B1.size - 1};
-  p.cu_seqlens_k = a.dense<const int32_t>("cu_seqlens_k", cu_seqlens_k, B1);
-  p.causal_offsets = a.dense<const int32_t>("causal_offsets", causal_offsets, B);
-  if constexpr (kOnCpu<On>) {
-    a.require(key_dim.size + Dv.size <= cpu::kMaxMlaPrefillWidth,
-              "q and kv have Dn + R + Dv = ", key_dim.size + Dv.size, ", expected at most ", cpu::kMaxMlaPrefillWidth);
-    check_cu_seqlens(a, "cu_seqlens_q", p.cu_seqlens_q, B, T.size);
-    check_cu_seqlens(a, "cu_seqlens_k", p.cu_seqlens_k, B, S.size);
-  }
-  p.out = a.dense<Activation>("out", out, T, N, Dv);
-  p.lse = a.dense<float>("lse", lse, T, N);
-  p.q_stride_t = q.stride[0], p.q_stride_n = q.stride[1];
-  p.kv_stride_s = kv.stride[0], p.kv_stride_n = kv.stride[1], p.k_pe_stride = k_pe.stride[0];
-  p.B = B, p.T = T, p.S = S, p.N = N, p.Dn = int(Dn), p.R = R, p.Dv = Dv;
-  p.scale = scale, p.continue_state = continue_state;
+  MlaPrefillArgs<On, MlaPrefillParams<Activation>> given(a, q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets,
+                                                         scale);
+  auto& p = given.p;
+  p.out = a.dense<Activation>("out", out, given.T, given.N, given.Dv);
+  p.lse = a.dense<float>("lse", lse, given.T, given.N);
+  p.continue_state = continue_state;
   KIMI_RUN(on, mla_prefill, p);
+}
+
+// workspace None: returns the number of floats it must hold.
+template <class On>
+size_t mla_prefill_backward(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                            Tensor causal_offsets, Tensor out, Tensor lse, Tensor dout, Tensor dq, Tensor dkv,
+                            Tensor dk_pe, std::optional<Tensor> workspace, float scale) {
+  const Args a("mla_prefill_backward", on);
+  MlaPrefillArgs<OnCpu, MlaPrefillBackwardParams> given(a, q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets,
+                                                        scale);
+  auto& [T, S, N, key_dim, R, kv_dim, Dv, p] = given;
+  p.out = a.dense<const float>("out", out, T, N, Dv);
+  p.lse = a.dense<const float>("lse", lse, T, N);
+  p.dout = a.dense<const float>("dout", dout, T, N, Dv);
+  p.dq = a.dense<float>("dq", dq, T, N, key_dim);
+  p.dkv = a.dense<float>("dkv", dkv, S, N, kv_dim);
+  p.dk_pe = a.dense<float>("dk_pe", dk_pe, S, R);
+  Dim floats{"floats", int64_t(cpu::mla_prefill_backward_workspace(p))};
+  if (!workspace) return size_t(floats.size);
+  p.workspace = a.dense<float>("workspace", *workspace, floats);
+  nb::gil_scoped_release release;
+  cpu::mla_prefill_backward(p);
+  return 0;
 }
 
 template <class On>
@@ -229,6 +268,7 @@ void register_attention(nb::module_& m) {
   KIMI_DEFINE(m, fused_append_mla_cache);
   KIMI_DEFINE(m, attention);
   KIMI_DEFINE(m, mla_prefill);
+  KIMI_DEFINE_CPU(m, mla_prefill_backward);
   KIMI_DEFINE(m, mla_decode);
 }
 

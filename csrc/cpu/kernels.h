@@ -35,6 +35,11 @@ struct AttentionKernels {
   // out[c][r] = factor[r] * out[c][r] + sum_j weights[j][r] * values[j][c] for c < n, j < rows
   void (*add_values)(const float* weights, const float* values, int64_t stride, int rows, int n, const float* factor,
                      float* out);
+  // The gradient of the softmax of `rows` keys. A score becomes weight = 2^(score - lse[r]), dweights are those of the
+  // weights, and dscore = scale * weight * (dweight - mean[r]): weights[j * stride + r], dscores[j * stride + r], and
+  // dweights[j][r] is overwritten with the latter. lse is to base 2, and 0 where no key is seen.
+  void (*soften_backward)(const float* scores, float* dweights, int rows, const float* lse, const float* mean,
+                          float scale, float* weights, float* dscores, int64_t stride);
 };
 
 // Products with stored weights in float32. Few tokens take the weights from where they lie. More multiply a strip of

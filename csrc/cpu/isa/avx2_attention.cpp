@@ -96,6 +96,23 @@ void soften(float* scores, int rows, float* maximum, float* sum, float* factor) 
   }
 }
 
+void soften_backward(const float* scores, float* dweights, int rows, const float* lse, const float* mean, float scale,
+                     float* weights, float* dscores, int64_t stride) {
+  const __m256 factor = _mm256_set1_ps(scale);
+  for (int r = 0; r < kLanes; r += 8) {
+    const __m256 base = _mm256_loadu_ps(lse + r), m = _mm256_loadu_ps(mean + r);
+    for (int j = 0; j < rows; j++) {
+      float* at = dweights + j * kLanes + r;
+      const __m256 weight = exp2_of_negative(_mm256_sub_ps(_mm256_loadu_ps(scores + j * kLanes + r), base));
+      const __m256 centred = _mm256_sub_ps(_mm256_loadu_ps(at), m);
+      const __m256 dscore = _mm256_mul_ps(_mm256_mul_ps(factor, weight), centred);
+      _mm256_storeu_ps(weights + j * stride + r, weight);
+      _mm256_storeu_ps(dscores + j * stride + r, dscore);
+      _mm256_storeu_ps(at, dscore);
+    }
+  }
+}
+
 void transpose_8x8(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
   __m256 row[8], pair[8];
   for (int i = 0; i < 8; i++) row[i] = _mm256_loadu_ps(x + i * x_stride);
@@ -130,6 +147,7 @@ const AttentionKernels avx2_attention_kernels = {
     .scores = scores,
     .soften = soften,
     .add_values = add_values,
+    .soften_backward = soften_backward,
 };
 
 }  // namespace kimi::cpu

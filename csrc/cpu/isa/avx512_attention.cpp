@@ -51,6 +51,11 @@ void add_values(const float* weights, const float* values, int64_t stride, int r
 }  // namespace
 
 const AttentionKernels avx512_attention_kernels = {
-    .transpose = nullptr, .scores = scores, .soften = nullptr, .add_values = add_values};
+    .transpose = nullptr,
+    .scores = scores,
+    .soften = nullptr,
+    .add_values = add_values,
+    .soften_backward = nullptr,
+};
 
 }  // namespace kimi::cpu

@@ -33,6 +33,17 @@ void soften(float* scores, int rows, float* maximum, float* sum, float* factor) 
   }
 }
 
+void soften_backward(const float* scores, float* dweights, int rows, const float* lse, const float* mean, float scale,
+                     float* weights, float* dscores, int64_t stride) {
+  for (int j = 0; j < rows; j++)
+    for (int r = 0; r < kLanes; r++) {
+      const float weight = exp2f(scores[j * kLanes + r] - lse[r]);
+      const float dscore = scale * weight * (dweights[j * kLanes + r] - mean[r]);
+      weights[j * stride + r] = weight;
+      dweights[j * kLanes + r] = dscores[j * stride + r] = dscore;
+    }
+}
+
 void add_values(const float* weights, const float* values, int64_t stride, int rows, int n, const float* factor,
                 float* out) {
   for (int c = 0; c < n; c++)
@@ -50,6 +61,7 @@ const AttentionKernels scalar_attention_kernels = {
     .scores = scores,
     .soften = soften,
     .add_values = add_values,
+    .soften_backward = soften_backward,
 };
 
 }  // namespace kimi::cpu

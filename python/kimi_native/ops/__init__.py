@@ -8,7 +8,15 @@ kernels.
 """
 
 from kimi_native._C import available_isas, isa, num_threads, set_isa, set_num_threads
-from kimi_native.ops.attention import append_mla_cache, attention, fused_append_mla_cache, mla_decode, mla_prefill, rope
+from kimi_native.ops.attention import (
+    append_mla_cache,
+    attention,
+    fused_append_mla_cache,
+    mla_decode,
+    mla_prefill,
+    mla_prefill_backward,
+    rope,
+)
 from kimi_native.ops.linear import (
     batched_gemm,
     dequantize_int4,
@@ -56,6 +64,7 @@ __all__ = [
     "matmul",
     "mla_decode",
     "mla_prefill",
+    "mla_prefill_backward",
     "moe_permute",
     "moe_unpermute",
     "num_threads",

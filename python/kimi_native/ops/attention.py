@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kimi_native.ops._array import empty, run, shape_of
+from kimi_native.ops._array import check_host, empty, run, shape_of
 
 
 def rope(x, cos, sin, positions, out=None):
@@ -92,6 +92,32 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
         continue_state=state is not None,
     )
     return (out, lse) if return_lse else out
+
+
+def mla_prefill_backward(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, out, lse, dout):
+    """The gradients of q, kv and k_pe from that of mla_prefill's out. On the CPU only.
+
+    With p = exp(score - lse), which is computed again: dscore = p * (dout . v - dout . out), from which follow the
+    gradients of q, k_nope and, summed over the heads in their order, k_pe; dv = sum of p * dout. A key that no query
+    sees gets 0. Memory beside arguments and results: N * S * R floats.
+
+    q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale: as for mla_prefill. out: float32 [T, N, Dv] and lse:
+    float32 [T, N]: what it returned; if its keys came in several calls, those of the last one. dout: float32
+    [T, N, Dv], contiguous.
+    Returns (dq [T, N, Dn + R], dkv [S, N, Dn + Dv], dk_pe [S, R]), float32.
+    Raises ValueError for a shape or lengths, TypeError for a dtype or kind of array that does not fit.
+    Source: Dao et al. 2022, arXiv 2205.14135.
+    """
+    op = "mla_prefill_backward"
+    check_host(op, "q", q)
+    arguments = dict(q=q, kv=kv, k_pe=k_pe, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    arguments |= dict(causal_offsets=causal_offsets, out=out, lse=lse, dout=dout)
+    dq, dkv = empty(q, *shape_of(op, "q", q, 3)), empty(kv, *shape_of(op, "kv", kv, 3))
+    dk_pe = empty(k_pe, *shape_of(op, "k_pe", k_pe, 2))
+    arguments |= dict(dq=dq, dkv=dkv, dk_pe=dk_pe)
+    floats = run(op, **arguments, workspace=None, scale=scale)
+    run(op, **arguments, workspace=empty(q, floats, dtype=np.float32), scale=scale)
+    return dq, dkv, dk_pe
 
 
 def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
