@@ -32,7 +32,7 @@ def calls():
     cu_q, cu_k, causal = np.int32([0, 40, 41, 90]), np.int32([0, 40, 340, 389]), np.int32([0, 299, 0])
     q, kv, k_pe = normal(rng, 90, 5, 48), normal(rng, 389, 5, 56), normal(rng, 389, 16)
     prefill = q, kv, k_pe, cu_q, cu_k, causal, 0.2
-    attended = ops.mla_prefill(*prefill, return_lse=True)
+    attended, largest = ops.mla_prefill(*prefill, return_lse=True), poison(90, 5)
     cache, pages = normal(rng, 40, 64, 80, dtype=BF16), rng.permutation(40).astype(np.int32).reshape(2, 20)
     query, seq_lens = normal(rng, 2, 3, 20, 80), np.int32([1270, 333])
     uniform, slots = rng.random(19, np.float32), rng.permutation(60)[:19]
@@ -73,7 +73,7 @@ def calls():
         "append_mla_cache": append,
         "fused_append_mla_cache": fused_append,
         "attention": lambda: [ops.attention(q, q, q, cu_q, 0.2)],
-        "mla_prefill": lambda: list(ops.mla_prefill(*prefill, return_lse=True)),
+        "mla_prefill": lambda: [*ops.mla_prefill(*prefill, return_lse=True, max_logits=largest), largest],
         "mla_prefill_backward": lambda: list(ops.mla_prefill_backward(*prefill, *attended, 2 * attended[0])),
         "mla_decode": lambda: list(ops.mla_decode(query, cache, pages, seq_lens, 64, 0.2, return_lse=True)),
         "mla_decode of one sequence": lambda: [ops.mla_decode(query[:1], cache, pages[:1], seq_lens[:1], 64, 0.2)],

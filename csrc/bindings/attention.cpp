@@ -152,7 +152,8 @@ struct MlaPrefillArgs {
 
 template <class On>
 void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-                 Tensor causal_offsets, Tensor out, Tensor lse, float scale, bool continue_state) {
+                 Tensor causal_offsets, Tensor out, Tensor lse, std::optional<Tensor> max_logits, float scale,
+                 bool continue_state) {
   using Activation = typename On::Activation;
   const Args a("mla_prefill", on);
   MlaPrefillArgs<On, MlaPrefillParams<Activation>> given(a, q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets,
@@ -160,6 +161,7 @@ void mla_prefill(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_seqlens_q, T
   auto& p = given.p;
   p.out = a.dense<Activation>("out", out, given.T, given.N, given.Dv);
   p.lse = a.dense<float>("lse", lse, given.T, given.N);
+  if (max_logits) p.max_logits = a.dense<float>("max_logits", *max_logits, given.T, given.N);
   p.continue_state = continue_state;
   KIMI_RUN(on, mla_prefill, p);
 }

@@ -9,9 +9,11 @@ namespace {
 static_assert((kMaxMlaPrefillWidth + 2) * kLanes <= kScratch && kMaxMlaPrefillWidth <= kPanel);
 
 // Brings queries [first, first + count) of head n and the results that they continue into lanes. The running state of
-// a query whose result over other keys is (out, lse): maximum = lse, sum = 1.
+// a query whose result over other keys is (out, lse): maximum = lse, sum = 1; where the maximum itself is wanted, sum =
+// exp(lse - maximum) and out times that.
 void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t first, int count, int n, float* q,
-                const State& s) {
+                const Strip& strip) {
+  const State& s = strip.state;
   const int key_dim = p.Dn + p.R;
   if (count < kLanes) std::fill_n(q, key_dim * kLanes, 0.0f);
   k.attention->transpose(p.q + first * p.q_stride_t + n * p.q_stride_n, p.q_stride_t, count, key_dim, q, kLanes);
@@ -22,10 +24,15 @@ void load_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t firs
   for (int r = 0; r < count; r++) {
     const float lse = p.lse[(first + r) * p.N + n];
     s.maximum[r] = lse * kLog2E;
-    if (lse != -kInfinity)
-      s.sum[r] = 1.0f;
-    else  // without a key the old result may be anything
+    if (lse == -kInfinity) {  // without a key the old result may be anything
       for (int c = 0; c < p.Dv; c++) s.out[c * kLanes + r] = 0.0f;
+      continue;
+    }
+    s.sum[r] = 1.0f;
+    if (!p.max_logits || strip.limit[r] == 0) continue;
+    s.maximum[r] = p.max_logits[(first + r) * p.N + n] * kLog2E;
+    s.sum[r] = std::exp2(lse * kLog2E - s.maximum[r]);
+    for (int c = 0; c < p.Dv; c++) s.out[c * kLanes + r] *= s.sum[r];
   }
 }
 
@@ -34,9 +41,17 @@ void store_strip(const Kernels& k, const MlaPrefillParams<float>& p, int64_t fir
   const State& s = strip.state;
   const int64_t stride = int64_t(p.N) * p.Dv;
   s.store(k, p.Dv, count, p.out + first * stride + n * p.Dv, stride);
-  for (int r = 0; r < count; r++)
-    if (strip.limit[r] > 0 || !p.continue_state)  // else nothing was added, and the way to base 2 and back may round
-      p.lse[(first + r) * p.N + n] = log_sum_exp(s.maximum[r], s.sum[r]);
+  for (int r = 0; r < count; r++) {
+    // where nothing was added, and where the maximum stays, the way to base 2 and back may round
+    if (strip.limit[r] == 0 && p.continue_state) continue;
+    const int64_t at = (first + r) * p.N + n;
+    p.lse[at] = log_sum_exp(s.maximum[r], s.sum[r]);
+    if (!p.max_logits) continue;
+    if (std::isnan(s.sum[r]))
+      p.max_logits[at] = s.sum[r];
+    else if (!p.continue_state || s.maximum[r] > p.max_logits[at] * kLog2E)
+      p.max_logits[at] = s.maximum[r] * kLn2;
+  }
 }
 
 // Head n, queries [begin, begin + count) of sequence b.
@@ -56,7 +71,7 @@ void attend_block(const Kernels& k, const MlaPrefillParams<float>& p, int b, int
       s.limit[r] =
           query < count ? std::clamp<int64_t>(int64_t(begin) + query + p.causal_offsets[b] + 1, 0, key_count) : 0;
     }
-    load_strip(k, p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, q, s.state);
+    load_strip(k, p, first + i * kLanes, std::min(kLanes, count - i * kLanes), n, q, s);
   }
   const int64_t seen = strips[n_strips - 1].limit[(count - 1) % kLanes];
   const float* kv = p.kv + key_start * p.kv_stride_s + n * p.kv_stride_n;

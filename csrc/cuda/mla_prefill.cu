@@ -74,6 +74,12 @@ PTX_FN Join join(float largest, float sum, float lse_before) {
   return {scale * here / total, before / total, top + log2f(total) * kLn2};
 }
 
+// The largest score, joined with what was held. A weight of NaN, whose score is NaN or +inf, makes the sum NaN.
+PTX_FN float join_largest(float largest, float sum, float held) {
+  if (sum != sum) largest = sum;
+  return held > largest || held != held ? held : largest;
+}
+
 // Any shape: a block a query and head, 128 keys at a time, a thread a key for the scores and a column for the values.
 // Columns past the first pass compute the scores again.
 __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
@@ -117,6 +123,8 @@ __global__ void __launch_bounds__(kThreads) mla_prefill_plain_kernel(Params p) {
       }
     }
     joined = join(largest == -INFINITY ? 0.0f : largest, sum, lse_before);
+    if (p.max_logits && pass == 0 && threadIdx.x == 0)
+      p.max_logits[row] = join_largest(largest * kLn2, sum, p.continue_state ? p.max_logits[row] : -INFINITY);
     for (int c = 0; c < kPerThread; ++c) {
       const int column = pass + c * kThreads + threadIdx.x;
       if (column >= p.Dv) continue;
@@ -288,6 +296,9 @@ PTX_FN void store_values(const Params& p, const Queries& at, int n, int row, flo
       lse = __shfl_sync(~0u, lse, lane / 4 * 4);
       const Join joined = join(sum == 0 ? 0.0f : s.largest[m][h] * scale, sum, lse);
       if (speaks) p.lse[place] = joined.lse;
+      if (speaks && p.max_logits)
+        p.max_logits[place] =
+            join_largest(s.largest[m][h] * p.scale, sum, p.continue_state ? p.max_logits[place] : -INFINITY);
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll

@@ -18,9 +18,10 @@ struct MlaPrefillParams {
   const int32_t* causal_offsets;  // [B]: key j is visible to query i of its sequence iff j <= i + offset
   Activation* out;                // [T, N, Dv]
   float* lse;                     // [T, N], log of the sum of exp(score)
+  float* max_logits;              // [T, N] or null, the largest score; NaN if one is NaN or +inf
   int B, T, S, N, Dn, R, Dv;
   float scale;
-  bool continue_state;  // out and lse hold the result over other keys of the same queries
+  bool continue_state;  // out, lse and max_logits hold the result over other keys of the same queries
 };
 
 namespace cpu {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from arrays import BF16, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
+from arrays import BF16, FAULTS, assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
 from close import assert_close
 from kimi_native import ops
 
@@ -294,6 +294,101 @@ def test_strided_inputs(on, rng):
     assert same_bits(on(ops.mla_prefill, **given | apart), expected)
 
 
+def check_max_logits(given, max_logits):
+    expected = np.zeros(max_logits.shape)
+    reference.mla_prefill(**given, max_logits=expected)
+    q, k, k_pe = (np.abs(given[name]).max(initial=0).astype(np.float64) for name in ("q", "kv", "k_pe"))
+    width = given["q"].shape[2]
+    assert_close(max_logits, expected, reduction=width, scale=abs(given["scale"]) * np.sqrt(width) * q * max(k, k_pe))
+
+
+@pytest.mark.parametrize("dims", [(16, 8, 12), (128, 64, 128)])
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "offsets", "scale"),
+    [
+        ([4, 0, 37, 1], [4, 0, 90, 30], None, 0.3),
+        ([6, 40, 3], [4, 8, 2], [-3, -10, 1000], 0.3),
+        ([2, 20], [3, 70], [-(2**31), 2**31 - 1], 256.0),
+        ([20], [70], None, -0.125),
+        ([20], [70], None, 0.0),
+        ([0], [0], None, 0.3),
+    ],
+)
+def test_max_logits(on, rng, dims, lengths_q, lengths_k, offsets, scale):
+    """The rest is the same to the bit with them and without."""
+    given = random_arguments(rng, lengths_q, lengths_k, 2, *dims, offsets, on.normal) | {"scale": scale}
+    max_logits = poison(sum(lengths_q), 2)
+    out, lse = on(ops.mla_prefill, **given, return_lse=True, max_logits=max_logits)
+    check_max_logits(given, max_logits)
+    expected, expected_lse = on(ops.mla_prefill, **given, return_lse=True)
+    assert same_bits(out, expected) and same_bits(lse, expected_lse)
+
+
+def test_max_logits_of_wide_values(on, rng):
+    """Columns of values that the plain CUDA kernel takes in several passes."""
+    given, max_logits = random_arguments(rng, [7], [9], 1, 6, 2, 1100, draw=on.normal), poison(7, 1)
+    on(ops.mla_prefill, **given, max_logits=max_logits)
+    check_max_logits(given, max_logits)
+
+
+@pytest.mark.parametrize("dims", [(16, 8, 12), (128, 64, 128)])
+@pytest.mark.parametrize("chunks", [[1, 39], [13, 13, 14], [40, 0], [0, 40]])
+def test_max_logits_by_state(on, rng, chunks, dims):
+    given = random_arguments(rng, [33, 9], [40, 40], 1, *dims, draw=on.normal)
+    max_logits, state, first = poison(42, 1), None, 0
+    for size in chunks:
+        keys = np.r_[first : first + size, 40 + first : 40 + first + size]
+        part = given | {"kv": given["kv"][keys], "k_pe": given["k_pe"][keys], "cu_seqlens_k": i32(0, size, 2 * size)}
+        part["causal_offsets"] = given["causal_offsets"] - np.int32(first)
+        state = on(ops.mla_prefill, **part, state=state, return_lse=True, max_logits=max_logits)
+        first += size
+    check_max_logits(given, max_logits)
+    check(on, given, *state, calls=len(chunks))
+
+
+@pytest.mark.parametrize("dims", [(16, 8, 12), (128, 64, 128)])
+def test_max_logits_stay_where_no_score_is_larger(on, rng, dims):
+    """Of later keys: no query sees one, then all have small scores."""
+    given, max_logits = random_arguments(rng, [40], [70], 2, *dims, draw=on.normal), poison(40, 2)
+    state = on(ops.mla_prefill, **given, return_lse=True, max_logits=max_logits)
+    before = max_logits.copy(), state[0].copy(), state[1].copy()
+    on(ops.mla_prefill, **given | {"causal_offsets": i32(-40)}, state=state, max_logits=max_logits)
+    for got, expected in zip((max_logits, *state), before, strict=True):
+        assert same_bits(got, expected)
+    max_logits += 1000
+    on(ops.mla_prefill, **given, state=(state[0], state[1] + np.float32(1000)), max_logits=max_logits)
+    assert same_bits(max_logits, before[0] + np.float32(1000))
+
+
+@pytest.mark.parametrize("dims", [(16, 8, 12), (128, 64, 128)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_max_logits_show_what_is_not_finite(on, rng, bad, dims):
+    """A query, and the queries that see a key; also when that was in an earlier call."""
+    given = random_arguments(rng, [40], [70], 2, *dims, draw=on.normal)
+    max_logits, expected = poison(40, 2), poison(40, 2)
+    given["q"][...] = np.abs(given["q"])  # +inf times these is +inf
+    on(ops.mla_prefill, **given, max_logits=expected)
+    spoiled = given | {"q": given["q"].copy(), "kv": given["kv"].copy()}
+    spoiled["q"][3, 1, 2], spoiled["kv"][50, 0, 5] = np.nan, bad
+    state = on(ops.mla_prefill, **spoiled, return_lse=True, max_logits=max_logits)
+    finite = np.ones((40, 2), bool)
+    finite[3, 1] = finite[20:, 0] = False
+    assert np.isnan(max_logits[~finite]).all() and same_bits(max_logits[finite], expected[finite])
+    on(ops.mla_prefill, **given, state=state, max_logits=max_logits)
+    assert np.isnan(max_logits[~finite]).all()
+
+
+@pytest.mark.parametrize("dims", [(16, 8, 12), (128, 64, 128)])
+def test_max_logits_of_keys_that_do_not_exist(on, rng, dims):
+    if not on.cuda:
+        return
+    given, max_logits = random_arguments(rng, [4, 3], [4, 9], 2, *dims, draw=on.normal), poison(7, 2)
+    on(ops.mla_prefill, **given, max_logits=max_logits)
+    expected = max_logits.copy()
+    on(ops.mla_prefill, **given | {"cu_seqlens_k": i32(0, 4, 14)}, max_logits=max_logits)
+    assert same_bits(max_logits[:4], expected[:4]) and np.isnan(max_logits[4:]).all()
+
+
 @pytest.mark.kernels("cpu")
 def test_the_widest_heads(on, rng):
     given = random_arguments(rng, [40], [100], 1, 1000, 48, 1000)
@@ -342,6 +437,15 @@ def test_rejects_another_number_of_sequences(rng):
     for bad in (i32(0), i32(0, 6, 0)):
         with pytest.raises(ValueError, match=r"^mla_prefill: (cu_seqlens_q|causal_offsets) has shape"):
             ops.mla_prefill(**given | {"causal_offsets": bad})
+
+
+def test_rejects_max_logits(rng):
+    given = random_arguments(rng, [4, 3], [4, 9]) | {"max_logits": np.zeros((7, 2), np.float32)}
+    for fault in FAULTS.keys() - {"None"}:
+        make_bad, error = FAULTS[fault]
+        assert_rejects(ops.mla_prefill, given, "max_logits", make_bad(given["max_logits"]), error)
+    for bad in (poison(6, 2), poison(7, 3), read_only(poison(7, 2)), strided(poison(7, 2))):
+        assert_rejects(ops.mla_prefill, given, "max_logits", bad, ValueError)
 
 
 def test_rejects_state(rng):

@@ -54,7 +54,9 @@ def fused_append_mla_cache(kv, weight, cos, sin, positions, cache, slots, eps):
     )
 
 
-def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False):
+def mla_prefill(
+    q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, state=None, return_lse=False, max_logits=None
+):
     """Causal attention of many new tokens over expanded keys and values (the naive form of MLA).
 
     score = scale * q . [k_nope, k_pe], out = softmax(score) v, lse = log(sum(exp(score))).
@@ -66,6 +68,8 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
     causal_offsets: int32 [B]; key j of a sequence is visible to its query i iff j <= i + offset.
     state: (out, lse) of an earlier call over other keys of the same queries; it is continued in place, as if the
     softmax had run over all keys at once.
+    max_logits: float32 [T, N], optional, written: the largest score that a query sees, -inf if it sees no key, NaN if a
+    score is NaN or +inf. With state it is continued too: it holds what the earlier calls wrote.
     Returns out like q [T, N, Dv], or (out, lse float32 [T, N]) with return_lse. A query that sees no key gets 0, -inf.
     Raises ValueError for a shape, TypeError for a dtype or kind of array that does not fit. On the GPU lengths are not
     read beforehand: keys outside kv give NaN, and of queries outside q nothing is written.
@@ -88,6 +92,7 @@ def mla_prefill(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets, scale, 
         causal_offsets=causal_offsets,
         out=out,
         lse=lse,
+        max_logits=max_logits,
         scale=scale,
         continue_state=state is not None,
     )
