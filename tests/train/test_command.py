@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kimi_native import __main__ as cli
 from kimi_native.train import backward, params
-from kimi_native.train.command import source
+from kimi_native.train.command import label, source
 from kimi_native.train.run_folder import read_log
 from PIL import Image
 from small import small_folder
@@ -139,6 +139,12 @@ def test_refused(run, tmp_path, model, book, others, message, monkeypatch):
     assert (status, out) == (2, "")
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_progress_says_what_a_step_did():
+    record = {"step": 7, "loss": 2.34567, "tokens": 5000, "seconds": 2.0, "max_logit": 12.34, "clipped_heads": 3}
+    assert label(record) == "step 7 | loss 2.3457 | 2,500 tokens/s | largest logit 12.3 | 3 heads clipped"
+    assert label({"step": 7, "validation_loss": 2.5}) == "step 7 | validation 2.5000"
 
 
 def test_sources():

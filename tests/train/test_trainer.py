@@ -410,6 +410,20 @@ def test_weights_that_run_away(tmp_path, model, tokens):
         assert all(np.isfinite(array).all() for array in weights_of(file).values())
 
 
+def test_no_checkpoint_keeps_what_is_not_finite(tmp_path, model, tokens):
+    run = trainer(tmp_path, model, [tokens], save_every=1)
+    step = run.optimizer.step
+
+    def overflowing(*args):
+        run.params["model.norm.weight"][2] = np.inf
+        return step(*args)
+
+    run.optimizer.step = overflowing
+    with pytest.raises(FloatingPointError, match="^step 1: model.norm.weight is not finite after the update"):
+        run.run()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000000.npz"]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, model, tokens):
     """A file cannot grow beyond half of a checkpoint: writing it fails in the middle, as it does on a full disk."""
     trainer(tmp_path / "whole", model, [tokens]).run()
