@@ -53,15 +53,13 @@ class Saved(NamedTuple):
 
 def forward(w: dict, config: TextConfig, h, sequences: Sequences) -> tuple[np.ndarray, Saved]:
     """h [T, H], normalised, to [T, H]. w: the parameters of self_attn."""
-    c, (T, N) = config, (len(h), config.num_attention_heads)
+    c, T = config, len(h)
     latents = ops.matmul(h, _down(w).T)
     latent_q, latent_kv, k_pe = _split(c, latents)
-    q = ops.matmul(ops.rms_norm(latent_q, w["q_a_layernorm.weight"], c.mla_norm_eps), w["q_b_proj.weight"].T)
-    kv = ops.matmul(ops.rms_norm(latent_kv, w["kv_a_layernorm.weight"], c.mla_norm_eps), w["kv_b_proj.weight"].T)
-    q, kv = q.reshape(T, N, -1), kv.reshape(T, N, -1)
+    q, kv = _up(w, c, "q", latent_q), _up(w, c, "kv", latent_kv)
     sequences.rotate(q[:, :, c.qk_nope_head_dim :])
     sequences.rotate(k_pe[:, None])
-    largest = np.empty((T, N), h.dtype)
+    largest = np.empty((T, c.num_attention_heads), h.dtype)
     out, lse = ops.mla_prefill(q, kv, k_pe, *_attended(c, sequences), return_lse=True, max_logits=largest)
     saved = Saved(latents, q, kv, out, lse, largest.max(axis=0))
     return ops.matmul(out.reshape(T, -1), w["o_proj.weight"].T), saved
@@ -71,22 +69,32 @@ def backward(w: dict, config: TextConfig, h, sequences: Sequences, saved: Saved,
     """(dh, gradients of w) from dout [T, H]; h as in `forward`."""
     c, (latents, q, kv, out, lse, _), T = config, saved, len(h)
     latent_q, latent_kv, k_pe = _split(c, latents)
-    grads = {"o_proj.weight": ops.matmul(dout.T, out.reshape(T, -1))}
+    do_proj = ops.matmul(dout.T, out.reshape(T, -1))
     dout = ops.matmul(dout, w["o_proj.weight"]).reshape(out.shape)
     dq, dkv, dk_pe = ops.mla_prefill_backward(q, kv, k_pe, *_attended(c, sequences), out, lse, dout)
-    sequences.rotate_back(dq[:, :, c.qk_nope_head_dim :])
     sequences.rotate_back(dk_pe[:, None])
-    dlatents = np.empty_like(latents)
-    dlatent_q, dlatent_kv, dlatents_pe = _split(c, dlatents)
-    dlatents_pe[...] = dk_pe
-    for side, latent, dlatent, d in (("q", latent_q, dlatent_q, dq), ("kv", latent_kv, dlatent_kv, dkv)):
-        d, norm, up = d.reshape(T, -1), w[f"{side}_a_layernorm.weight"], w[f"{side}_b_proj.weight"]
-        grads[f"{side}_b_proj.weight"] = ops.matmul(d.T, ops.rms_norm(latent, norm, c.mla_norm_eps))
-        d, dnorm = ops.rms_norm_backward(latent, norm, c.mla_norm_eps, ops.matmul(d, up))
-        dlatent[...], grads[f"{side}_a_layernorm.weight"] = d, dnorm
-    ddown = ops.matmul(dlatents.T, h)  # [Q + C + R, H]
-    grads["q_a_proj.weight"], grads["kv_a_proj_with_mqa.weight"] = ddown[: c.q_lora_rank], ddown[c.q_lora_rank :]
-    return ops.matmul(dlatents, _down(w)), grads
+    sequences.rotate_back(dq[:, :, c.qk_nope_head_dim :])
+    dlatent_q, of_q = _up_backward(w, c, "q", latent_q, dq)
+    dlatent_kv, of_kv = _up_backward(w, c, "kv", latent_kv, dkv)
+    dlatents = np.concatenate([dlatent_q, dlatent_kv, dk_pe], axis=1)
+    dq_a_proj, dkv_a_proj = np.split(ops.matmul(dlatents.T, h), [c.q_lora_rank])
+    down = {"q_a_proj.weight": dq_a_proj, "kv_a_proj_with_mqa.weight": dkv_a_proj}
+    return ops.matmul(dlatents, _down(w)), down | of_q | of_kv | {"o_proj.weight": do_proj}
+
+
+def _up(w: dict, c: TextConfig, side: str, latent) -> np.ndarray:
+    """A latent through its norm and the projection to the heads, [T, N, D or Dn + Dv]. side: "q" or "kv"."""
+    h = ops.rms_norm(latent, w[f"{side}_a_layernorm.weight"], c.mla_norm_eps)
+    return ops.matmul(h, w[f"{side}_b_proj.weight"].T).reshape(len(latent), c.num_attention_heads, -1)
+
+
+def _up_backward(w: dict, c: TextConfig, side: str, latent, dout) -> tuple[np.ndarray, dict]:
+    """(dlatent, gradients of norm and projection) from dout as `_up` gives it."""
+    norm, dout = w[f"{side}_a_layernorm.weight"], dout.reshape(len(latent), -1)
+    dproj = ops.matmul(dout.T, ops.rms_norm(latent, norm, c.mla_norm_eps))
+    dh = ops.matmul(dout, w[f"{side}_b_proj.weight"])
+    dlatent, dnorm = ops.rms_norm_backward(latent, norm, c.mla_norm_eps, dh)
+    return dlatent, {f"{side}_a_layernorm.weight": dnorm, f"{side}_b_proj.weight": dproj}
 
 
 def _down(w: dict) -> np.ndarray:

@@ -70,27 +70,33 @@ def moe_forward(w: dict, config: TextConfig, h) -> tuple[np.ndarray, Saved]:
 
 def moe_backward(w: dict, config: TextConfig, h, saved: Saved, dout) -> tuple[np.ndarray, dict]:
     """(dh, gradients of w, but for the bias, which has none) from dout [T, H]."""
-    E, experts, inverse, offsets = config.n_routed_experts, below(w, EXPERTS), saved.inverse, saved.offsets
     dh, shared = swiglu_backward(below(w, SHARED), h, saved.shared, dout)
-    drows, _, _ = ops.moe_permute(dout, saved.ids, E)  # [T K, H], not weighted yet, as what follows
-    activated = ops.silu_and_mul(saved.gate_up)  # [T K, I]
-    dactivated = ops.grouped_matmul(drows, experts["down_proj.weight"], offsets)
-    # A weight's gradient is dout . down(activated), which is (dout down) . activated: down's output is not needed.
-    dweights = np.einsum("mi,mi->m", activated, dactivated)[inverse]  # [T, K]
-    row_weights = np.empty((inverse.size, 1), h.dtype)
-    row_weights[inverse.ravel(), 0] = saved.weights.ravel()
-    dactivated *= row_weights
-    activated *= row_weights
-    ddown = ops.grouped_matmul(drows.T, activated, offsets)
-    dgate_up = ops.silu_and_mul_backward(saved.gate_up, dactivated)
-    rows, _, _ = ops.moe_permute(h, saved.ids, E)
-    routed = _gradients(ops.grouped_matmul(dgate_up.T, rows, offsets), ddown)
-    drows = ops.grouped_matmul(dgate_up, _gate_up(experts), offsets)
-    dh += ops.moe_unpermute(drows, np.ones_like(saved.weights), inverse)
+    dh_routed, dweights, routed = _experts_backward(below(w, EXPERTS), config.n_routed_experts, h, saved, dout)
     dlogits = _router_backward(config, saved, dweights)
+    dh += dh_routed
     dh += ops.matmul(dlogits, w[ROUTER])
     router = {ROUTER: ops.matmul(dlogits.T, h)}
     return dh, router | put_below(EXPERTS, routed) | put_below(SHARED, shared)
+
+
+def _experts_backward(w: dict, E: int, h, saved: Saved, dout) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(dh, gradient of the weights [T, K], gradients of w) from dout [T, H]. w: the parameters of experts."""
+    inverse, offsets = saved.inverse, saved.offsets
+    drows, _, _ = ops.moe_permute(dout, saved.ids, E)  # [T K, H], not weighted yet
+    activated = ops.silu_and_mul(saved.gate_up)  # [T K, I]
+    dactivated = ops.grouped_matmul(drows, w["down_proj.weight"], offsets)
+    # dout . down(activated) is (dout down) . activated: what down gave is not needed.
+    dweights = np.einsum("mi,mi->m", activated, dactivated)[inverse]
+    row_weights = np.empty((inverse.size, 1), h.dtype)
+    row_weights[inverse.ravel(), 0] = saved.weights.ravel()
+    activated *= row_weights
+    dactivated *= row_weights
+    ddown = ops.grouped_matmul(drows.T, activated, offsets)
+    dgate_up = ops.silu_and_mul_backward(saved.gate_up, dactivated)
+    rows, _, _ = ops.moe_permute(h, saved.ids, E)
+    grads = _gradients(ops.grouped_matmul(dgate_up.T, rows, offsets), ddown)
+    drows = ops.grouped_matmul(dgate_up, _gate_up(w), offsets)
+    return ops.moe_unpermute(drows, np.ones_like(saved.weights), inverse), dweights, grads
 
 
 def _router_backward(config: TextConfig, saved: Saved, dweights) -> np.ndarray:
