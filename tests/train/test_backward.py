@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import kimi_native as kn
 import numpy as np
@@ -13,10 +12,10 @@ from arrays import same_bits
 from kimi_native import make_tiny as tiny
 from kimi_native import ops
 from kimi_native.config import Config
-from kimi_native.media import MediaItem
 from kimi_native.tiny_config import preset_config
-from kimi_native.train import backward, backward_mla, backward_mlp, params
+from kimi_native.train import backward, backward_mla, backward_mlp, backward_vision, params
 from kimi_native.train.batch import NO_LOSS, Batch
+from media_items import random_item
 
 MODULES = backward, backward_mla, backward_mlp
 SMALL = {  # numbers that differ, so that no axis passes for another
@@ -256,37 +255,33 @@ def test_the_head_in_pieces(float64, monkeypatch):
         np.testing.assert_allclose(pieces.grads[name], gradient, rtol=0, atol=1e-12 * np.abs(gradient).max())
 
 
+def small_config_with_vision():
+    values = preset_config("tiny", experts="bf16")
+    values["text_config"] |= SMALL
+    values["vision_config"] |= {"vt_num_hidden_layers": 1, "text_hidden_size": SMALL["hidden_size"]}
+    return Config.from_dict(values | {"media_placeholder_token_id": 20, "eos_token_id": 1})
+
+
 def test_media_rows_stand_for_placeholders(float64, monkeypatch):
-    """With a tower of one matrix: rows are patches times it. The placeholder's embedding learns from text alone."""
-    config = dataclasses.replace(small_config(), media_placeholder_token_id=20)
-    values, name = random_params(config), "mm_projector.proj.0.weight"
-    rng = np.random.default_rng(4)
-    values[name] = rng.standard_normal((6, 12))
-    items = tuple(fake_item(rng, tokens) for tokens in (3, 2))
-
-    def forward(params, config, items):
-        inputs = [item.patches.reshape(item.tokens, -1)[:, :6] / 255 for item in items]
-        return [x @ params[name] for x in inputs], inputs
-
-    def back(params, config, saved, drows):
-        return {name: sum(x.T @ d for x, d in zip(saved, drows, strict=True))}
-
-    monkeypatch.setattr(backward, "backward_vision", SimpleNamespace(forward=forward, backward=back))
-    batch = random_batch(config, [9, 8], media=items)
+    """The placeholder's embedding learns nothing from them, tower and projector do."""
+    oracles.use(monkeypatch, backward_vision)
+    config, rng = small_config_with_vision(), np.random.default_rng(4)
+    values = random_params(config)
+    batch = random_batch(config, [9, 8], media=(random_item(rng, 2, 6), random_item(rng, 4, 2)))
     batch.token_ids[2:5] = batch.token_ids[11:13] = 20
     result = backward.loss_and_gradients(values, config, batch)
-    assert not result.grads["model.embed_tokens.weight"][20].any()
-    for checked in (name, "model.embed_tokens.weight", "model.layers.0.self_attn.q_a_proj.weight"):
-        loss = lambda: backward.loss(values, config, batch)  # noqa: E731
-        assert_gradient(loss, values[checked], result.grads[checked], checked)
+    assert result.grads.keys() == {name for name in values if not name.endswith("e_score_correction_bias")}
+    assert not result.grads["language_model.model.embed_tokens.weight"][20].any()
+    for name in (
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_a_proj.weight",
+        "mm_projector.proj.2.weight",
+        "vision_tower.patch_embed.proj.weight",
+    ):
+        assert_gradient(lambda: backward.loss(values, config, batch), values[name], result.grads[name], name)
+    batch.token_ids[15] = 20
     with pytest.raises(ValueError, match="6 media placeholders"):
-        batch.token_ids[15] = 20
         backward.loss(values, config, batch)
-
-
-def fake_item(rng, tokens):
-    patches = rng.integers(0, 256, (4 * tokens, 12), np.uint8)
-    return MediaItem("image", patches, (1, 2, 2 * tokens), np.zeros((3, 256), np.float32))
 
 
 def test_without_media_vision_has_gradient_zero_and_a_placeholder_is_a_token(float64):
