@@ -189,9 +189,36 @@ class ndarray:
     def __setitem__(self, index, value):
         self.gpu.queue(np.copyto, self[index], value if isinstance(value, HANDLED) else given(value))
 
-    def __iadd__(self, other):
-        self.gpu.queue(np.ndarray.__iadd__, self, given(other))
-        return self
+    def __float__(self):
+        self.gpu.touch("a read")
+        return float(self.host)
+
+    def _in_place(function):
+        def apply(self, other):
+            self.gpu.queue(lambda x, y: function(x, y, out=x, casting="same_kind"), self, operand(other))
+            return self
+
+        return apply
+
+    __iadd__, __isub__, __imul__ = _in_place(np.add), _in_place(np.subtract), _in_place(np.multiply)
+    __itruediv__, __ipow__ = _in_place(np.divide), _in_place(np.power)
+
+    def __sub__(self, other):
+        return computed(self.gpu, np.subtract, self, operand(other))
+
+    def __mul__(self, other):
+        return computed(self.gpu, np.multiply, self, operand(other))
+
+    __rmul__ = __mul__
+
+    def sum(self, axis=None):
+        return computed(self.gpu, lambda x: np.asarray(x.sum(axis)), self)
+
+    def mean(self):
+        return computed(self.gpu, lambda x: np.asarray(x.mean()), self)
+
+    def swapaxes(self, first, second):
+        return self._alias(self.host.swapaxes(first, second))
 
     def take(self, indices, axis):
         assert axis == 0
@@ -224,6 +251,20 @@ def given(x):
     if not isinstance(x, ndarray):
         raise TypeError(f"Unsupported type {type(x)}")
     return x
+
+
+def operand(x):
+    return x if isinstance(x, HANDLED) else given(x)
+
+
+def computed(gpu, function, *operands, out=None):
+    """NumPy's function of these, queued, in `out` or a new array of the shape and dtype that NumPy finds."""
+    if out is None:
+        with np.errstate(all="ignore"):
+            like = function(*(np.ones(x.shape, x.dtype) if isinstance(x, ndarray) else x for x in operands))
+        out = empty(gpu, like.shape, like.dtype)
+    gpu.queue(lambda out, *xs: np.copyto(out, function(*xs)), out, *operands)
+    return out
 
 
 def empty(gpu, shape, dtype):
@@ -300,6 +341,9 @@ def module(gpu):
     cupy = types.ModuleType("cupy")
     cupy.__version__, cupy.is_available, cupy.ndarray, cupy.cuda = "14.0.0", lambda: True, ndarray, cuda
     cupy.asarray, cupy.zeros = asarray, zeros
+    for function in (np.multiply, np.divide, np.sqrt, np.sign, np.matmul):
+        setattr(cupy, function.__name__, partial(computed, gpu, function))
+    cupy.vdot = partial(computed, gpu, lambda x, y: np.asarray(np.vdot(x, y)))
     cupy.empty = lambda shape, dtype: empty(gpu, shape, dtype)
     cupy.broadcast_to = lambda x, shape: x._alias(np.broadcast_to(x.host, shape))
     cupy.ascontiguousarray = lambda x: x if x.flags.c_contiguous else x.copy()

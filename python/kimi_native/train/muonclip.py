@@ -24,8 +24,9 @@ from kimi_native.ops._array import array_module, to_host
 FLOAT32 = np.dtype(np.float32)
 NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 NS_EPS = 1e-7
+MAX_NORM = 1e15  # of a gradient, so that float32 holds the square of what momentum adds up
 UPDATE_RMS = 0.2  # what AdamW's updates have: both kinds of parameters can share a learning rate
-GROUP_BYTES = 8 << 20  # of matrices that go through Newton-Schulz together
+GROUP_BYTES = 2 << 20  # of matrices that go through Newton-Schulz together
 BLOCK = 2**18  # elements that AdamW treats together on the CPU, so that its five arrays stay in the cache
 ROUTER_BIAS = "e_score_correction_bias"
 
@@ -34,30 +35,38 @@ def newton_schulz(g, steps: int = 5):
     """About U V^T for each matrix g = U S V^T: after 5 steps singular values from 0.01 |g| on are 0.68 to 1.21.
 
     g: float32 [..., n, m], NumPy or CuPy. Returns a new array of its shape: X = g / (|g| + 1e-7) in the Frobenius norm,
-    then `steps` times X = (a + b A + c A^2) X with A = X X^T; where n > m, X (a + b A + c A^2) with A = X^T X, the
-    smaller one. Raises ValueError for fewer than two axes or no step, and as ops.matmul does.
+    then `steps` times X = P X with P = a + b A + c A^2 and A = X X^T. All of these P and A are polynomials of the first
+    A: symmetric, they commute, the next A is P A P, and X is multiplied once, by the product of all P. Where n > m they
+    stand on the right and A = X^T X, so that A is always the smaller one. Float32 is off by 1e-5 to 1e-3 (the largest
+    singular value of the difference), the more the smaller the singular values of g are beside |g|.
+    Raises ValueError for fewer than two axes or no step, and as ops.matmul does.
     """
     if g.ndim < 2 or steps < 1:
         raise ValueError(f"newton_schulz: g has shape {list(g.shape)}, steps is {steps}, expected [..., n, m] and >= 1")
     n, m = g.shape[-2:]
     x = g.reshape(math.prod(g.shape[:-2]), n, m)
-    for step in range(steps):
-        xt = x.swapaxes(1, 2)
-        gram = ops.matmul(xt, x, symmetric=True) if n > m else ops.matmul(x, xt, symmetric=True)
-        if step == 0:  # its trace is |g|^2; X is divided by dividing the small matrices
-            norm = _diagonals(gram).sum(axis=1).reshape(-1, 1, 1)
-            norm **= 0.5
-            norm += NS_EPS
-            gram /= norm
-            gram /= norm
-        factor = gram * NS_C
-        _add_to_diagonals(factor, NS_B)
-        factor = ops.matmul(gram, factor, symmetric=True)  # of two that commute
-        _add_to_diagonals(factor, NS_A)
-        if step == 0:
-            factor /= norm
-        x = ops.matmul(x, factor) if n > m else ops.matmul(factor, x)
-    return x.reshape(g.shape)
+    xt = x.swapaxes(1, 2)
+    gram = ops.matmul(xt, x, symmetric=True) if n > m else ops.matmul(x, xt, symmetric=True)
+    norm = _diagonals(gram).sum(axis=1).reshape(-1, 1, 1)  # the trace is |g|^2
+    norm **= 0.5
+    norm += NS_EPS
+    gram /= norm * norm
+    factor = product = _polynomial(gram)
+    for _ in range(steps - 1):
+        gram = ops.matmul(factor, ops.matmul(gram, factor, symmetric=True), symmetric=True)
+        factor = _polynomial(gram)
+        product = ops.matmul(factor, product, symmetric=True)
+    product /= norm
+    return (ops.matmul(x, product) if n > m else ops.matmul(product, x)).reshape(g.shape)
+
+
+def _polynomial(gram):
+    """a + A (b + c A) of each A [k, k]."""
+    inner = gram * NS_C
+    _add_to_diagonals(inner, NS_B)
+    result = ops.matmul(gram, inner, symmetric=True)
+    _add_to_diagonals(result, NS_A)
+    return result
 
 
 def _diagonals(matrices):
@@ -281,7 +290,7 @@ class MuonClip:
         float32 [N]; may be left out without heads or with tau=None. lr: of this step; by default that of the optimizer.
 
         Raises FloatingPointError, naming the parameter or layer and head, for values that are not finite and gradients
-        whose squares overflow; ValueError or TypeError for names, shapes or dtypes. Then nothing has changed.
+        with a norm above 1e15; ValueError or TypeError for names, shapes or dtypes. Then nothing has changed.
         """
         lr = self.lr if lr is None else lr
         if not 0 <= lr < math.inf:
@@ -305,8 +314,8 @@ class MuonClip:
             self._check(f"step: the gradient of {name}", g, self._params[name].shape)
         squares = {name: self._xp.vdot(g, g) for name, g in grads.items()}  # all queued before the first is waited for
         for name, total in squares.items():
-            if not math.isfinite(total):
-                raise FloatingPointError(f"step: the gradient of {name} is not finite, or its squares are not")
+            if not float(total) <= MAX_NORM**2:  # so for NaN
+                raise FloatingPointError(f"step: the gradient of {name} is not finite or its norm above {MAX_NORM:.0e}")
 
     def _checked_logits(self, max_logits) -> list[tuple[MLAHeads | AttentionHeads, np.ndarray]]:
         """(entry of heads, its largest logits [N] on the host); nothing to clip without tau."""
@@ -347,7 +356,8 @@ class MuonClip:
         moments = self._state[f"first_moment.{name}"], self._state[f"second_moment.{name}"]
         arrays = self._params[name], gradient, *moments
         for w, g, m, v in _blocks(*arrays) if xp is np else [arrays]:
-            change = g * (1 - beta1)
+            change = xp.empty(g.shape, FLOAT32)
+            xp.multiply(g, 1 - beta1, out=change)
             m *= beta1
             m += change
             xp.multiply(g, g, out=change)
