@@ -7,7 +7,8 @@ import numpy as np
 from kimi_native.config import Config
 from kimi_native.make_tiny import make_tiny
 from kimi_native.tiny_config import preset_config
-from kimi_native.train.data import Encoder, Mixture
+from kimi_native.train.data import Mixture
+from kimi_native.train.encode import Encoder
 from kimi_native.train.trainer import Trainer, TrainingConfig
 
 TEXT = {

@@ -10,7 +10,8 @@ from kimi_native.config import Config
 from kimi_native.make_tiny import make_tiny
 from kimi_native.splice import find_spans
 from kimi_native.train.batch import NO_LOSS
-from kimi_native.train.data import Encoder, Mixture, encode_chat
+from kimi_native.train.data import Mixture
+from kimi_native.train.encode import Encoder, encode_chat
 from media_items import random_item
 from PIL import Image
 

@@ -72,7 +72,8 @@ def run(args, progress_bar) -> None:
     from kimi_native import ops
     from kimi_native.config import Config
     from kimi_native.train import params
-    from kimi_native.train.data import Encoder, Mixture
+    from kimi_native.train.data import Mixture
+    from kimi_native.train.encode import Encoder
     from kimi_native.train.plot import check_matplotlib, plot
     from kimi_native.train.run_folder import checkpoints
     from kimi_native.train.trainer import Trainer

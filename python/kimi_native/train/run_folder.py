@@ -34,10 +34,6 @@ class RunFolder:
         self.identity = json.loads(json.dumps(identity))  # tuples become lists, as they come back
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def checkpoints(self) -> list[Path]:
-        """Those there are, oldest first."""
-        return checkpoints(self.path)
-
     def save(self, saved: Saved) -> None:
         """A new checkpoint, after which only the last two are kept. If it fails, what was there is as before."""
         arrays = {f"params/{name}": array for name, array in saved.params.items()}
@@ -48,7 +44,7 @@ class RunFolder:
                 os.fsync(stream.fileno())
         with _replacing(self.path / f"step-{saved.step:08}.npz") as stream:
             np.savez(stream, state=np.array(state), **arrays)
-        for old in self.checkpoints()[:-KEPT]:
+        for old in checkpoints(self.path)[:-KEPT]:
             old.unlink()
 
     def load(self) -> Saved | None:
@@ -56,7 +52,7 @@ class RunFolder:
 
         Raises ValueError for one that cannot be read, and for one of a run with another identity.
         """
-        files = self.checkpoints()
+        files = checkpoints(self.path)
         if not files:
             return None
         try:

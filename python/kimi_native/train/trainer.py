@@ -14,7 +14,7 @@ from kimi_native.train import backward, params, qat
 from kimi_native.train.batch import NO_LOSS, Batch
 from kimi_native.train.export import export
 from kimi_native.train.muonclip import MuonClip, mla_heads, update_router_bias
-from kimi_native.train.run_folder import RunFolder, Saved
+from kimi_native.train.run_folder import RunFolder, Saved, checkpoints
 
 OPTIMIZERS = ("muonclip", "muon", "adamw")
 SCHEDULES = ("constant", "cosine")
@@ -117,7 +117,7 @@ class Trainer:
         a full disk; the last checkpoint is then good. So it is after KeyboardInterrupt.
         """
         self.folder.cut_log(self.step)
-        if not self.folder.checkpoints():
+        if not checkpoints(self.folder.path):
             self._save()
         while self.step < self.training.steps:
             with _naming(self.step + 1):
