@@ -14,7 +14,7 @@ import pytest
 from kimi_native import ops
 from kimi_native.train import backward, params, qat
 from kimi_native.train.muonclip import update_router_bias
-from kimi_native.train.run_folder import read_log
+from kimi_native.train.run_folder import RunFolder, read_log
 from kimi_native.train.trainer import TrainingConfig, clip_gradients
 from PIL import Image
 from small import small_folder, trainer, write_tokens
@@ -291,6 +291,17 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path, model, tokens):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6, 7]
     assert lines[:-1] == before.splitlines()[:8]
+
+
+def test_the_last_checkpoint_of_any_run(tmp_path, model, tokens):
+    run = trainer(tmp_path, model, [tokens], steps=2)
+    with pytest.raises(ValueError, match="has no step-.*npz, expected the folder of a training run"):
+        RunFolder.last(tmp_path)
+    run.run()
+    saved = RunFolder.last(tmp_path)
+    assert saved.step == 2
+    assert_same_arrays(saved.params, run.params)
+    assert_same_arrays(saved.optimizer, run.optimizer.state_dict())
 
 
 def test_partial_files_of_a_killed_run_do_not_count(tmp_path, model, tokens):

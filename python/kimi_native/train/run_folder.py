@@ -52,20 +52,18 @@ class RunFolder:
 
         Raises ValueError for one that cannot be read, and for one of a run with another identity.
         """
-        files = checkpoints(self.path)
-        if not files:
-            return None
-        try:
-            with np.load(files[-1], allow_pickle=False) as arrays:
-                state = json.loads(str(arrays["state"]))
-                saved = Saved(state["step"], *(_with_prefix(arrays, prefix) for prefix in ("params/", "optimizer/")))
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{files[-1]}: cannot be read ({error}), expected a checkpoint; without this file the run goes on from "
-                f"the one before"
-            ) from error
-        _check_same(files[-1], state["identity"], self.identity)
-        return saved
+        for file in checkpoints(self.path)[-1:]:
+            saved, identity = _read(file)
+            _check_same(file, identity, self.identity)
+            return saved
+        return None
+
+    @staticmethod
+    def last(path) -> Saved:
+        """The last checkpoint of the run in a folder, whatever run it is. Raises ValueError if there is none."""
+        for file in checkpoints(path)[-1:]:
+            return _read(file)[0]
+        raise ValueError(f"{path}: has no step-*.npz, expected the folder of a training run")
 
     def cut_log(self, step: int) -> None:
         """Keep what the log says of the first `step` steps; a line that was not finished goes too."""
@@ -95,6 +93,20 @@ def read_log(file) -> Iterator[dict]:
         if not isinstance(record, dict) or "step" not in record:
             raise ValueError(f"{file}, line {number}: found {line!r:.80}, expected a record of a step")
         yield record
+
+
+def _read(file: Path) -> tuple[Saved, dict]:
+    """A checkpoint and the identity of its run."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            state = json.loads(str(arrays["state"]))
+            groups = (_with_prefix(arrays, prefix) for prefix in ("params/", "optimizer/"))
+            return Saved(state["step"], *groups), state["identity"]
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error}), expected a checkpoint; without this file the run goes on from the one "
+            f"before"
+        ) from error
 
 
 def _with_prefix(arrays, prefix: str) -> dict[str, np.ndarray]:
