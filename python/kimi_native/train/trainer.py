@@ -59,7 +59,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         whole = 2**32 - 1
-        integers = {"steps": (1, whole), "warmup_steps": (0, whole), "qat_from": (0, whole), "qat_levels": (1, 7)}
+        integers = {"steps": (1, 10**8 - 1), "warmup_steps": (0, whole), "qat_from": (0, whole), "qat_levels": (1, 7)}
         integers |= {"seed": (0, whole), "eval_every": (1, whole), "save_every": (1, whole)}
         choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
         for f in fields(self):
