@@ -109,3 +109,16 @@ def attention(q, k, v, B, scale):
     """q, k, v: float32 [B T, N, D] of B sequences of one length."""
     torch_ops = module("torch_ops")
     return {"torch f32": torch_ops.attention(q, k, v, B, scale)} if torch_ops else {}
+
+
+def newton_schulz(g, steps):
+    torch_muon = module("torch_muon")
+    return {"torch f32": torch_muon.newton_schulz(g, steps)} if torch_muon else {}
+
+
+def muon_step(params, grads, is_matrix, result):
+    """result: the name of the parameter that a call returns; params are copied."""
+    torch_muon, case = module("torch_muon"), (params, grads, is_matrix, result)
+    if not torch_muon:
+        return {}
+    return {"torch f32": torch_muon.batched_step(*case), "torch.optim bf16": torch_muon.optim_step(*case)}
