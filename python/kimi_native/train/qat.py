@@ -25,7 +25,8 @@ def quantize(w: np.ndarray, levels: int = 7) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fake_quantize(w: np.ndarray, levels: int = 7) -> np.ndarray:
-    """q * s of `quantize`, float32 like w and exact. A group with a value that is not finite becomes NaN."""
+    """q * s of `quantize`, float32 like w and exact. Arguments and errors as there; a group with a value that is not
+    finite becomes NaN."""
     q, scale = _quantize("fake_quantize", w, levels)
     with np.errstate(invalid="ignore"):
         q *= scale.astype(np.float32)[..., None]
