@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "ops/matmul.h"
@@ -12,10 +13,12 @@ namespace kimi::cpu {
 
 constexpr int kSlab = 256;              // of K
 constexpr int kPanelRows = 96;          // of a: 102 KiB, for the L2 cache
-constexpr int kPanelColumns = 528;      // of b: 528 KiB, read from the L3 cache once a panel of a
+constexpr int kPanelColumns = 576;      // of b: 576 KiB, read from the L3 cache once a panel of a
+constexpr int kBlockRows = 768;         // that share packed columns of b
 constexpr int kUnit = 48;               // blocks end at multiples of it: whole strips and whole tiles of rows
 constexpr int kRowLength = kSlab + 16;  // of a panel of a: not a power of two, so that rows spread over the cache sets
 constexpr int64_t kNearRows = 2 * kSlab;  // rows of a that lie so close are read where they are
+constexpr int kAhead = 16;                // rows of b that are asked for ahead
 
 // An axis cut in almost equal blocks of at most `most`, a multiple of kUnit.
 struct Cut {
@@ -36,7 +39,10 @@ inline void pack_strip(const Kernels& k, const FloatMatrix& b, int depth, int co
   if (b.transposed)
     k.attention->transpose(b.data, b.stride, columns, depth, panel, kStrip);
   else if (columns == kStrip)
-    for (int i = 0; i < depth; i++) std::copy_n(b.at(i, 0), kStrip, panel + i * kStrip);
+    for (int i = 0; i < depth; i++) {
+      __builtin_prefetch(b.at(i + kAhead, 0)), __builtin_prefetch(b.at(i + kAhead, kStrip - 1));
+      std::memcpy(panel + i * kStrip, b.at(i, 0), kStrip * sizeof(float));  // not a call, as a copy of any length is
+    }
   else
     for (int i = 0; i < depth; i++) std::copy_n(b.at(i, 0), columns, panel + i * kStrip);
 }

@@ -6,8 +6,6 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kBlockRows = 192;
-
 // The rows of a group times its matrix.
 void each_row(const Kernels& k, const GroupedMatmulParams& p) {
   int longest = 0;

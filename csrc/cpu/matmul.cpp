@@ -6,7 +6,26 @@
 namespace kimi::cpu {
 namespace {
 
-constexpr int kBlockRows = 384, kSymmetricBlock = 384;
+constexpr int kSquare = 384;  // of a symmetric result
+constexpr int kItems = 8;     // so many at least are wanted for the threads, if blocks need not become tiny for it
+constexpr int kLeastRows = 96, kLeastColumns = 144;
+
+// The blocks of B matrices [M, N].
+struct Blocks {
+  Cut rows, columns;
+
+  Blocks(int B, int M, int N) : rows{M, kBlockRows}, columns{N, kPanelColumns} {
+    while (B * count() < kItems) {
+      if (rows.most > kLeastRows && std::min(rows.most, M) >= std::min(columns.most, N))
+        rows = {M, rows.most / 2};
+      else if (columns.most > kLeastColumns)
+        columns = {N, columns.most / 2};
+      else
+        return;
+    }
+  }
+  int64_t count() const { return int64_t(rows.count) * columns.count; }
+};
 
 // What lies above the diagonal of out [n, n] becomes what lies below it.
 void mirror(const Kernels& k, float* out, int64_t stride, int n) {
@@ -20,11 +39,11 @@ void mirror(const Kernels& k, float* out, int64_t stride, int n) {
 }
 
 void by_blocks(const Kernels& k, const MatmulParams& p) {
-  const Cut rows{p.M, kBlockRows}, columns{p.N, kPanelColumns};
-  const int64_t blocks = int64_t(rows.count) * columns.count;
-  parallel_for(p.B * blocks, 1, [&](int64_t item, int64_t) {
+  const Blocks blocks(p.B, p.M, p.N);
+  const Cut &rows = blocks.rows, &columns = blocks.columns;
+  parallel_for(p.B * blocks.count(), 1, [&](int64_t item, int64_t) {
     Panels panels;
-    const int64_t n = item / blocks, i = item % rows.count, j = item % blocks / rows.count;
+    const int64_t n = item / blocks.count(), i = item % rows.count, j = item % blocks.count() / rows.count;
     const int r = rows.begin(i), c = columns.begin(j);
     FloatMatrix a = p.a.from(r, 0), b = p.b.from(0, c);
     a.data += n * p.a_stride_b, b.data += n * p.b_stride_b;
@@ -35,8 +54,10 @@ void by_blocks(const Kernels& k, const MatmulParams& p) {
 
 // Blocks below the diagonal, row by row, then those on it, which have less to do.
 void symmetric(const Kernels& k, const MatmulParams& p) {
-  const Cut cut{p.M, kSymmetricBlock};
-  const int64_t below = int64_t(cut.count) * (cut.count - 1) / 2, blocks = below + cut.count;
+  Cut cut{p.M, kSquare};
+  const auto triangle = [&](int64_t count) { return count * (count - 1) / 2; };
+  while (p.B * triangle(cut.count + 1) < kItems && cut.most > kLeastRows) cut = {p.M, cut.most / 2};
+  const int64_t below = triangle(cut.count), blocks = triangle(cut.count + 1);
   parallel_for(p.B * blocks, 1, [&](int64_t item, int64_t) {
     Panels panels;
     const int64_t n = item / blocks;
