@@ -89,7 +89,7 @@ def main() -> int:
     modules = {name: importlib.import_module(f"bench.bench_{name}") for name in args.names or NAMES}
     if args.list:
         for name, module in modules.items():
-            print(f"{name:20}{module.__doc__.splitlines()[0]}")
+            print(f"{name:23}{module.__doc__.splitlines()[0]}")
         return 0
     try:
         configure(args.isa, args.threads)
