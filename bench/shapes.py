@@ -156,6 +156,17 @@ DENSE_INT4 = Cases(  # (T, out, in)
     ),
     quick=tuple((T, 8192, 8192) for T in (1, 16, 256, 4096)),
 )
+# of training, on the CPU: a matrix that MuonClip makes orthogonal, alone or in a batch
+MUON = Cases(
+    cpu=((1, 1024, 1024), (1, MOE_INTERMEDIATE, HIDDEN), (400, 64, 128), (32, 256, 512)),  # (B, M, K)
+    gpu=(),
+    quick=(),
+)
+TRAINED_LAYERS = Cases(cpu=((2048, 256, 1024), (512, HIDDEN, MOE_INTERMEDIATE)), gpu=(), quick=())  # (T, in, out)
+TRAINED_EXPERTS = Cases(  # (tokens of each of the experts, E, in, out)
+    cpu=((40, 32, 256, 128), (160, 32, 256, 128), (128, 8, HIDDEN, MOE_INTERMEDIATE)), gpu=(), quick=()
+)
+TRAINED_NORMS = Cases(cpu=((2048, 256), (512, HIDDEN)), gpu=(), quick=())  # (T, H)
 GROUPED_BF16 = Cases(
     cpu=tuple(Experts(T, BENCH_EXPERTS, *EXPERT_UP) for T in (1, 16, 256)),
     gpu=tuple(Experts(T, 48) for T in (8, 64, 512, 4096)),

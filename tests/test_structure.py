@@ -45,8 +45,8 @@ CUDA_WORDS = {
 }
 
 HELPER_HEADERS = {"expert_weights.h"}  # no op of its own
-# no kernels of ours on the GPU: cuBLAS for two, none for int8 and gradients
-CPU_OPS = {"gemm", "batched_gemm", "gemm_int8", "silu_and_mul_backward", "mla_prefill_backward"}
+CPU_OPS = {"gemm", "batched_gemm", "gemm_int8"}  # no kernels of ours on the GPU: cuBLAS for two, none for int8
+CPU_OPS |= {"matmul", "grouped_matmul", "rms_norm_backward"}  # training's: CuPy's for two
 FOLDERS = {
     "core": {"core"},
     "ops": {"core", "ops"},

@@ -35,6 +35,7 @@ def calls():
     attended, largest = ops.mla_prefill(*prefill, return_lse=True), poison(90, 5)
     cache, pages = normal(rng, 40, 64, 80, dtype=BF16), rng.permutation(40).astype(np.int32).reshape(2, 20)
     query, seq_lens = normal(rng, 2, 3, 20, 80), np.int32([1270, 333])
+    tall, matrices, groups = normal(rng, 700, 70), normal(rng, 3, 70, 50), np.int32([0, 500, 500, 690])
     uniform, slots = rng.random(19, np.float32), rng.permutation(60)[:19]
 
     def in_place(op, *arguments):
@@ -53,6 +54,11 @@ def calls():
 
     return {
         "rms_norm": lambda: [ops.rms_norm(x, norm, 1e-5)],
+        "rms_norm_backward": lambda: list(ops.rms_norm_backward(tall, tall[0], 1e-5, tall)),
+        "matmul": lambda: [ops.matmul(tall, tall.T)],
+        "matmul symmetric": lambda: [ops.matmul(tall, tall.T, symmetric=True)],
+        "grouped_matmul": lambda: [ops.grouped_matmul(tall, matrices, groups)],
+        "grouped_matmul over rows": lambda: [ops.grouped_matmul(tall.T, tall, groups)],
         "fused_add_rms_norm": lambda: in_place(ops.fused_add_rms_norm, norm, 1e-5),
         "gemm": lambda: [ops.gemm(x, weight)],
         "gemm of one row": lambda: [ops.gemm(x[:1], weight)],

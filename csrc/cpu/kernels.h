@@ -93,6 +93,10 @@ struct Kernels {
   float (*sum_squares)(const float* x, int64_t n);
   // out = x * scale * weight
   void (*scale_by_weight)(const float* x, const bf16* weight, float scale, float* out, int64_t n);
+  void (*scale_by_float_weight)(const float* x, const float* weight, float scale, float* out, int64_t n);
+  // With r = 1 / sqrt(mean of x^2 + eps): dx = r dout weight - r^3 (mean of dout weight x) x, dweight += r dout x
+  void (*rms_norm_backward)(const float* x, const float* weight, const float* dout, float eps, float* dx,
+                            float* dweight, int64_t n);
   void (*add_scaled)(float* y, float scale, const float* x, int64_t n);  // y += scale * x
   void (*widen)(const bf16* x, float* out, int64_t n);
   void (*narrow)(const float* x, bf16* out, int64_t n);

@@ -5,12 +5,12 @@
 
 namespace kimi {
 
-template <class Activation>
+template <class Activation, class Weight = bf16>
 struct RmsNormParams {
-  const Activation* x;  // [T, H]
-  int64_t x_stride;     // between rows
-  const bf16* weight;   // [H]
-  Activation* out;      // [T, H]
+  const Activation* x;   // [T, H]
+  int64_t x_stride;      // between rows
+  const Weight* weight;  // [H]
+  Activation* out;       // [T, H]
   int64_t out_stride;
   int T, H;
   float eps;
@@ -32,6 +32,7 @@ struct FusedAddRmsNormParams {
 
 namespace cpu {
 void rms_norm(const RmsNormParams<float>& p);
+void rms_norm(const RmsNormParams<float, float>& p);
 void fused_add_rms_norm(const FusedAddRmsNormParams<float>& p);
 }  // namespace cpu
 namespace cuda {

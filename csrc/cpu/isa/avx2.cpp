@@ -68,6 +68,42 @@ void scale_by_weight(const float* x, const bf16* weight, float scale, float* out
   for (; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
 }
 
+void scale_by_float_weight(const float* x, const float* weight, float scale, float* out, int64_t n) {
+  const __m256 s = _mm256_set1_ps(scale);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), s), _mm256_loadu_ps(weight + i)));
+  for (; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+void rms_norm_backward(const float* x, const float* weight, const float* dout, float eps, float* dx, float* dweight,
+                       int64_t n) {
+  const int64_t whole = n / 8 * 8;
+  __m256 a = _mm256_setzero_ps(), b = a;
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    a = _mm256_fmadd_ps(v, v, a);
+    b = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_loadu_ps(dout + i), _mm256_loadu_ps(weight + i)), v, b);
+  }
+  float squares = sum_lanes(a), dot = sum_lanes(b);
+  for (int64_t i = whole; i < n; i++) {
+    squares += x[i] * x[i];
+    dot += dout[i] * weight[i] * x[i];
+  }
+  const float r = 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(squares / float(n) + eps)));
+  const float along = r * r * r * (dot / float(n));
+  const __m256 factor = _mm256_set1_ps(r), share = _mm256_set1_ps(along);
+  for (int64_t i = 0; i < whole; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i), d = _mm256_mul_ps(factor, _mm256_loadu_ps(dout + i));
+    _mm256_storeu_ps(dweight + i, _mm256_fmadd_ps(d, v, _mm256_loadu_ps(dweight + i)));
+    _mm256_storeu_ps(dx + i, _mm256_fnmadd_ps(share, v, _mm256_mul_ps(d, _mm256_loadu_ps(weight + i))));
+  }
+  for (int64_t i = whole; i < n; i++) {
+    dweight[i] += r * dout[i] * x[i];
+    dx[i] = r * dout[i] * weight[i] - along * x[i];
+  }
+}
+
 void add_scaled(float* y, float scale, const float* x, int64_t n) {
   const __m256 s = _mm256_set1_ps(scale);
   int64_t i = 0;
@@ -245,6 +281,8 @@ const Kernels avx2_kernels = {
     .name = "avx2",
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
+    .scale_by_float_weight = scale_by_float_weight,
+    .rms_norm_backward = rms_norm_backward,
     .add_scaled = add_scaled,
     .widen = widen,
     .narrow = narrow,

@@ -16,6 +16,24 @@ void scale_by_weight(const float* x, const bf16* weight, float scale, float* out
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * to_float(weight[i]);
 }
 
+void scale_by_float_weight(const float* x, const float* weight, float scale, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+void rms_norm_backward(const float* x, const float* weight, const float* dout, float eps, float* dx, float* dweight,
+                       int64_t n) {
+  float squares = 0, dot = 0;
+  for (int64_t i = 0; i < n; i++) {
+    squares += x[i] * x[i];
+    dot += dout[i] * weight[i] * x[i];
+  }
+  const float r = 1.0f / sqrtf(squares / float(n) + eps), along = r * r * r * (dot / float(n));
+  for (int64_t i = 0; i < n; i++) {
+    dx[i] = r * (dout[i] * weight[i]) - along * x[i];
+    dweight[i] += r * (dout[i] * x[i]);
+  }
+}
+
 void add_scaled(float* y, float scale, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += scale * x[i];
 }
@@ -86,6 +104,8 @@ const Kernels scalar_kernels = {
     .name = "scalar",
     .sum_squares = sum_squares,
     .scale_by_weight = scale_by_weight,
+    .scale_by_float_weight = scale_by_float_weight,
+    .rms_norm_backward = rms_norm_backward,
     .add_scaled = add_scaled,
     .widen = widen,
     .narrow = narrow,

@@ -39,7 +39,7 @@ from kimi_native.ops.moe import (
     moe_unpermute,
     topk_sigmoid,
 )
-from kimi_native.ops.norm import fused_add_rms_norm, layer_norm, rms_norm
+from kimi_native.ops.norm import fused_add_rms_norm, layer_norm, rms_norm, rms_norm_backward
 from kimi_native.ops.sampling import top_k_top_p_sample
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "quantize_int4",
     "quantize_int8",
     "rms_norm",
+    "rms_norm_backward",
     "rope",
     "set_isa",
     "set_num_threads",
