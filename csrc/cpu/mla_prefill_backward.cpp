@@ -13,6 +13,8 @@ using Params = MlaPrefillBackwardParams;
 
 constexpr int kMaxQueries = 64, kMaxBlockKeys = 64;
 constexpr int kQueryFloats = 64 * 834, kKeyFloats = 64 * 320;  // of a block with the model's heads: all stays in L2
+constexpr int kMaxQueryFloats = kLanes * 3 * (kMaxMlaPrefillWidth + kStrip);  // of one strip of the widest heads
+static_assert(kQueryFloats <= kMaxQueryFloats && kMaxMlaPrefillWidth <= kKeyFloats);
 
 int whole_strips(int n) { return (n + kStrip - 1) / kStrip * kStrip; }
 
@@ -110,7 +112,7 @@ struct Products {
 
 // Head n of sequence b. Its gradients of k_pe go to the workspace.
 void head_backward(const Kernels& k, const Params& p, int b, int n, int block_queries, int block_keys) {
-  alignas(64) float scratch[kLanes * 3 * (kMaxMlaPrefillWidth + kStrip)], panel[kKeyFloats];
+  alignas(64) float scratch[kMaxQueryFloats], panel[kKeyFloats];
   alignas(64) float scores[kMaxBlockKeys * kLanes], dweights[kMaxBlockKeys * kLanes];
   Products products;
   const Queries block(p, block_queries, scratch);
