@@ -56,12 +56,6 @@ def to_host(x) -> np.ndarray:
     return x if array_module(x) is np else x.get()
 
 
-def check_host(op: str, name: str, x) -> None:
-    """TypeError for an array on the GPU."""
-    if on_gpu(x):
-        raise TypeError(f"{op}: {name} is a CuPy array, expected a NumPy array: there is no kernel of it for the GPU")
-
-
 def device_of(x) -> int:
     """The index of the GPU on which x lies; NumPy arrays lie on none, for the emulator that is GPU 0."""
     return 0 if array_module(x) is np else x.device.id
