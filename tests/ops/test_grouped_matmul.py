@@ -6,6 +6,7 @@ import reference
 from arrays import assert_rejects, assert_rejects_faults, normal, poison, read_only, same_bits, strided
 from close import assert_close
 from kimi_native import ops
+from kimi_native.ops import _array
 
 COUNTS = [[3], [0, 0, 0], [17, 0, 1], [0, 33], [1, 2, 3, 5, 8], [0, 400, 0, 9], [20, 300, 97, 0, 64]]
 
@@ -92,6 +93,14 @@ def test_no_groups(isa):
     out = ops.grouped_matmul(np.ones((2, 3), np.float32), np.ones((0, 3, 4), np.float32), none, out=poison(2, 4))
     assert same_bits(out, np.zeros((2, 4), np.float32))
     assert ops.grouped_matmul(np.ones((3, 2), np.float32), np.ones((2, 4), np.float32), none).shape == (0, 3, 4)
+
+
+def test_on_the_gpu_it_is_a_loop(monkeypatch, rng):
+    """As the emulator has it: NumPy in the part of CuPy."""
+    offsets, a, b, y = offsets_of([5, 0, 8]), normal(rng, 16, 9), normal(rng, 3, 9, 4), normal(rng, 16, 4)
+    monkeypatch.setattr(_array, "extension", None)
+    check(a, b, offsets, ops.grouped_matmul(a, b, offsets, out=poison(16, 4)), 9)
+    check(a.T, y, offsets, ops.grouped_matmul(a.T, y, offsets), 8)
 
 
 @pytest.mark.parametrize("sum_rows", [False, True])
