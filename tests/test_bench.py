@@ -17,12 +17,14 @@ from kimi_native import ops
 from kimi_native.checkpoint import expected_tensors
 from kimi_native.config import Config
 from kimi_native.tiny_config import preset_config
+from kimi_native.train.muonclip import MuonClip, newton_schulz
 
 from bench import __main__ as command
 from bench import (
     arrays,
     baseline,
     bench_generate,
+    bench_muon,
     bench_vision,
     cpu_peers,
     expert_graph,
@@ -534,6 +536,7 @@ def test_peers_that_are_not_installed(layer, monkeypatch):
     assert cpu_peers.gemm(x, None) == cpu_peers.gemm_int4(x, None, None) == {}
     assert cpu_peers.mla_prefill(x, None, None, 128, 1.0) == cpu_peers.attention(x, None, None, 1, 1.0) == {}
     assert cpu_peers.mla_decode(x, np.zeros((1, 1, 1)), np.zeros((1, 1), np.int32), 1, 1.0) == {}
+    assert cpu_peers.newton_schulz(x, 5) == cpu_peers.muon_step({}, {}, None, "") == {}
 
 
 def test_a_module_that_lacks_its_package(monkeypatch):
@@ -643,6 +646,29 @@ def test_vision(rng):
     products, pairs, projector = 10764 * (4 * 1152**2 + 2 * 1152 * 4304), 2 * 10764**2 * 1152, 2691 * 4608 * 11776
     work = 2 * (10764 * 588 * 1152 + 27 * (products + pairs) + projector)
     assert bench_vision.operations(bench_vision.GRIDS["1920x1080"], 27) == work
+
+
+def test_muon(rng):
+    """NumPy's and each installed peer's Newton-Schulz and step give what ours give; the work by hand."""
+    g = shapes.random_f32(rng, 2, 24, 40)
+    for call in (lambda: bench_muon.numpy_newton_schulz(g), *cpu_peers.newton_schulz(g, 5).values()):
+        assert harness.relative_error(call(), newton_schulz(g)) < 1e-4
+    sizes = {"experts": (2, 24, 40), "tall": (48, 16), "embed": (6, 5), "norm": (5,)}
+    params, grads = ({name: shapes.random_f32(rng, *size) for name, size in sizes.items()} for _ in range(2))
+    params = {name: np.float32(0.01) * w for name, w in params.items()}  # so that rounding them hides no difference
+    for result in ("experts", "tall", "embed"):
+        ours, baseline = ({name: w.copy() for name, w in params.items()} for _ in range(2))
+        steps = cpu_peers.muon_step(params, grads, bench_muon.is_matrix, result)
+        optimizer, numpy_muon = MuonClip(ours), bench_muon.NumpyMuon(baseline)
+        for _ in range(3):
+            optimizer.step(grads)
+            numpy_muon.step(grads)
+            theirs = {name: step() for name, step in steps.items()} | {"numpy": baseline[result]}
+        change = ours[result] - params[result]
+        for name, w in theirs.items():
+            assert harness.relative_error(w - params[result], change) < (2e-2 if "bf16" in name else 1e-4), name
+    # A: 10 x 10 x 40 multiply-adds, half of them done; 5 polynomials, 4 times P A P and the product of two P
+    assert bench_muon.operations((3, 40, 10)) == 3 * (10 * 10 * 40 + (5 + 4 * 2 + 4) * 10**3 + 2 * 10 * 10 * 40)
 
 
 def test_list(monkeypatch, capsys):

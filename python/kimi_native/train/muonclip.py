@@ -391,15 +391,18 @@ class MuonClip:
         return {"steps": np.array(self.steps, np.int64)} | {name: to_host(x) for name, x in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Copy what state_dict gave. Raises ValueError or TypeError, naming the entry, and then has changed nothing."""
+        """Copy what state_dict gave. Raises ValueError, naming the entry, and then has changed nothing."""
         expected = {"steps": ((), np.dtype(np.int64))} | {name: (x.shape, FLOAT32) for name, x in self._state.items()}
         for name in [*expected, *state]:
             if name not in state or name not in expected:
                 missing = "lacks" if name in expected else "has"
                 raise ValueError(f"load_state_dict: state {missing} {name}, which does not fit these parameters")
-            found = np.shape(state[name]), getattr(state[name], "dtype", None)
-            if found != expected[name]:
-                raise ValueError(f"load_state_dict: {name} is {found[1]} {list(found[0])}, expected {expected[name]}")
+        for name, (shape, dtype) in expected.items():
+            x = np.asarray(state[name])
+            if (x.shape, x.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"load_state_dict: {name} is {x.dtype} {list(x.shape)}, expected {dtype} {list(shape)}"
+                )
         self.steps = int(state["steps"])
         for name, x in self._state.items():
             x[...] = self._xp.asarray(state[name])
