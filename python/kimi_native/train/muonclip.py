@@ -223,11 +223,9 @@ class MuonClip:
             if not w.flags.c_contiguous or not getattr(w.flags, "writeable", True):
                 raise ValueError(f"{what} is not contiguous or cannot be written")
         self._check_heads()
-        names = (
-            [name for name, w in self._params.items() if _is_matrix(name, w)]
-            if muon is None
-            else list(dict.fromkeys(muon))
-        )
+        if muon is None:
+            muon = [name for name, w in self._params.items() if _is_matrix(name, w)]
+        names = list(dict.fromkeys(muon))
         for name in names:
             if name not in self._params or self._params[name].ndim < 2:
                 raise ValueError(f"MuonClip: muon names {name}, expected a parameter of two axes or more")
