@@ -42,7 +42,8 @@ from bench import (
 from bench.bench_mla_decode import tokens_and_pairs
 
 TIMED_OPS = [name for name in command.NAMES if name not in ("generate", "vision")]
-CPU_OPS = {"gemm_int8", "grouped_matmul", "matmul", "rms_norm_backward"}
+CPU_OPS = {"gemm_int8", "grouped_matmul", "matmul", "muon"}
+CPU_OPS |= {"mla_prefill_backward", "rms_norm_backward", "silu_and_mul_backward"}
 
 
 class Shapes:

@@ -45,8 +45,9 @@ CUDA_WORDS = {
 }
 
 HELPER_HEADERS = {"expert_weights.h"}  # no op of its own
-CPU_OPS = {"gemm", "batched_gemm", "gemm_int8"}  # no kernels of ours on the GPU: cuBLAS for two, none for int8
-CPU_OPS |= {"matmul", "grouped_matmul", "rms_norm_backward"}  # training's: CuPy's for two
+# no kernels of ours on the GPU: cuBLAS for two, CuPy for the next two, none for int8 and gradients
+CPU_OPS = {"gemm", "batched_gemm", "matmul", "grouped_matmul", "gemm_int8"}
+CPU_OPS |= {"mla_prefill_backward", "rms_norm_backward", "silu_and_mul_backward"}
 FOLDERS = {
     "core": {"core"},
     "ops": {"core", "ops"},
