@@ -17,6 +17,7 @@ from kimi_native import ops
 from kimi_native.checkpoint import expected_tensors
 from kimi_native.config import Config
 from kimi_native.tiny_config import preset_config
+from kimi_native.train import params as parameters
 from kimi_native.train.muonclip import MuonClip, newton_schulz
 
 from bench import __main__ as command
@@ -25,6 +26,7 @@ from bench import (
     baseline,
     bench_generate,
     bench_muon,
+    bench_training,
     bench_vision,
     cpu_peers,
     expert_graph,
@@ -41,7 +43,7 @@ from bench import (
 )
 from bench.bench_mla_decode import tokens_and_pairs
 
-TIMED_OPS = [name for name in command.NAMES if name not in ("generate", "vision")]
+TIMED_OPS = [name for name in command.NAMES if name not in ("generate", "training", "vision")]
 CPU_OPS = {"gemm_int8", "grouped_matmul", "matmul", "muon"}
 CPU_OPS |= {"mla_prefill_backward", "rms_norm_backward", "silu_and_mul_backward"}
 
@@ -670,6 +672,23 @@ def test_muon(rng):
             assert harness.relative_error(w - params[result], change) < (2e-2 if "bf16" in name else 1e-4), name
     # A: 10 x 10 x 40 multiply-adds, half of them done; 5 polynomials, 4 times P A P and the product of two P
     assert bench_muon.operations((3, 40, 10)) == 3 * (10 * 10 * 40 + (5 + 4 * 2 + 4) * 10**3 + 2 * 10 * 10 * 40)
+
+
+def test_training(monkeypatch):
+    """Each engine takes the same steps: its losses are ours, step by step."""
+    monkeypatch.setattr(bench_training, "SEQUENCES", 3)
+    monkeypatch.setattr(bench_training, "LENGTH", 8)
+    params = parameters.initialise(bench_training.CONFIG, 0)
+    engines = bench_training.engines(params, True)
+    assert [name for name, *_ in engines] == ["", *(["torch"] if cpu_peers.module("torch_training") else [])]
+    losses = []
+    for _, gradients, update in engines:
+        losses.append([])
+        for _ in range(4):
+            losses[-1].append(gradients())
+            update()
+    assert losses[0][3] < losses[0][0]
+    assert all(np.allclose(of_peer, losses[0], rtol=1e-4) for of_peer in losses[1:])
 
 
 def test_list(monkeypatch, capsys):
