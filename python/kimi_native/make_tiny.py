@@ -15,7 +15,7 @@ import base64
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -65,7 +65,7 @@ def make_tiny(
         values = preset_config(preset, experts)
         write_json(partial / "config.json", values)
         if preset not in ("small", "full-size"):
-            _write_tokenizer(partial)
+            write_tokenizer(partial, _vocabulary())
         generation = {"eos_token_id": values["bos_token_id"] + 2, "max_length": 262144}
         write_json(partial / "generation_config.json", generation)
         if "vision_config" in values:
@@ -80,12 +80,13 @@ def _vocabulary() -> tuple[bytes, ...]:
     return tuple(train(shipped_text(), BASE_TOKENS))
 
 
-def _write_tokenizer(folder: Path) -> None:
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(_vocabulary())]
+def write_tokenizer(folder: Path, vocabulary: Sequence[bytes]) -> None:
+    """tiktoken.model and tokenizer_config.json as published, for the byte-pair tokens in the order of their ranks."""
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(vocabulary)]
     (folder / "tiktoken.model").write_bytes(b"".join(lines))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {
-        str(BASE_TOKENS + offset): {
+        str(len(vocabulary) + offset): {
             "content": name,
             **flags,
             "special": "tool_call" not in name and "think" not in name,

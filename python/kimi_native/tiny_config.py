@@ -219,7 +219,7 @@ def preset_config(preset: str, experts: str = "int4") -> dict:
     else:
         text.update(_SMALL_TEXT if preset == "small" else _FULL_WIDTH_TEXT)
         config = _text_only(config)
-    _shrink_vocabulary(config)
+    shrink_vocabulary(config, BASE_TOKENS)
     if preset == "small":
         config["vocab_size"] = _SMALL_VOCABULARY
     return config
@@ -234,8 +234,8 @@ def _text_only(config: dict) -> dict:
     return config["text_config"] | {"auto_map": auto_map, "dtype": "bfloat16"}
 
 
-def _shrink_vocabulary(config: dict) -> None:
-    """Move every token id from the published end of the base vocabulary to BASE_TOKENS."""
+def shrink_vocabulary(config: dict, base_tokens: int) -> None:
+    """Move every token id from the published end of the base vocabulary to base_tokens."""
     published = _TEXT_CONFIG["bos_token_id"]
     for part in (config, config.get("text_config", {})):
         for key in (
@@ -246,4 +246,4 @@ def _shrink_vocabulary(config: dict) -> None:
             "vocab_size",
         ):
             if key in part:
-                part[key] += BASE_TOKENS - published
+                part[key] += base_tokens - published
