@@ -149,7 +149,7 @@ def test_python_imports(path):
     )
 
 
-OTHER_PYTHON_FILES = sorted(p for folder in ("bench", "tests") for p in (ROOT / folder).rglob("*.py"))
+OTHER_PYTHON_FILES = sorted(p for folder in ("bench", "recipes", "tests") for p in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES + OTHER_PYTHON_FILES, ids=names_of(PYTHON_FILES + OTHER_PYTHON_FILES))
