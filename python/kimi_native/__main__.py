@@ -15,7 +15,7 @@ from kimi_native.generate import Stats, check_limits, encode_prompt, stream, str
 from kimi_native.info import describe, show
 from kimi_native.make_tiny import PRESETS, make_tiny
 from kimi_native.media import MediaItem
-from kimi_native.model import Model
+from kimi_native.model import DEMO, Model
 from kimi_native.sampling import SamplingParams
 from kimi_native.train import command as train
 
@@ -53,7 +53,12 @@ def progress_bar(label: str):
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder as published")
+    add(
+        "--model",
+        default=DEMO,
+        metavar="DIR",
+        help="checkpoint folder as published (default: the toy that ships with this package, to see everything run)",
+    )
     add("--max-new-tokens", type=int, default=1024, metavar="N", help="longest reply (default 1024)")
     add("--instant", action="store_true", help="answer without reasoning first")
     add(
@@ -156,6 +161,10 @@ def sampling_options(args) -> dict:
 def load(args) -> Model:
     if args.threads is not None:
         ops.set_num_threads(args.threads)
+    if args.model == DEMO:
+        ERR.print(
+            "no --model given: the demo answers, a toy of this architecture that has read one old book", style="dim"
+        )
     with progress_bar("loading") as progress:
         return Model.load(
             args.model,
@@ -433,6 +442,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 EXAMPLES = """examples:
+  kimi-native generate "Once upon a time"             one reply, of the toy that ships with this package
   kimi-native make-tiny tiny                          a random checkpoint in the published layout
   kimi-native generate --model tiny "Hello"           one reply
   kimi-native generate --model /models/Kimi-K2.5 --image photo.jpg "What is this?"

@@ -33,6 +33,7 @@ KEY_CHUNK = 512  # cached tokens whose keys and values are expanded together in 
 # On the GPU the result of a key chunk is rounded to bf16 before the next, and experts with more tokens are faster.
 GPU_PREFILL_CHUNK = 2048
 GPU_KEY_CHUNK = 16384  # 0.5 GB of keys and values
+DEMO = Path(__file__).with_name("demo")  # the checkpoint that ships with the package
 ENCODED_MEDIA = 512 << 20  # bytes of encoded media to keep: of K2.5 18,700 tokens, on the GPU twice as many
 
 
@@ -239,7 +240,7 @@ class Model:
     @no_collections()
     def load(
         cls,
-        path,
+        path=DEMO,
         device: str = "cpu",
         experts: str | None = None,
         activations: str = "int16",
@@ -250,7 +251,7 @@ class Model:
         **overrides,
     ):
         """Map a checkpoint folder as published, and copy it to the GPU for device "cuda". No weight is converted, but
-        for dense "int8".
+        for dense "int8". Without a path it is the toy that ships with the package.
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
         when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
