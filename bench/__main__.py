@@ -13,10 +13,10 @@ One line a case:
   vs baseline  how many times faster than the same maths in NumPy on the same stored arrays (bf16 or packed INT4,
                converted to float32 as part of the work)
 
-With --peers, fused_moe, gemm, gemm_int4, mla_decode, mla_prefill, attention, muon, vision and generate run others'
-code on the same weights too: ik-llama-cpp-python, llama-cpp-python, onnxruntime, openvino, torch, transformers and
-kt-kernel, each if it is installed. Calls alternate with ours. A peer has a line of its own below ours, its name in the
-place of isa; its last column says how many times faster we are and how far apart the results are (norm of the
+With --peers, fused_moe, gemm, gemm_int4, mla_decode, mla_prefill, attention, muon, training, vision and generate run
+others' code on the same weights too: ik-llama-cpp-python, llama-cpp-python, onnxruntime, openvino, torch, transformers
+and kt-kernel, each if it is installed. Calls alternate with ours. A peer has a line of its own below ours, its name in
+the place of isa; its last column says how many times faster we are and how far apart the results are (norm of the
 difference over that of ours).
 
 With --device cuda: CuPy arrays on the current GPU, activations in bf16, the shapes of the full model. Other columns:
