@@ -119,7 +119,7 @@ def test_help_of_the_module():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["talk"], ["generate", "Hello"], ["generate", "--model"], ["info"], ["chat"]]
+    "arguments", [[], ["talk"], ["generate"], ["generate", "--model"], ["info"], ["chat", "Hello"]]
 )
 def test_usage_error(run, arguments):
     assert_refused(run(*arguments), "usage: kimi-native")
