@@ -38,10 +38,7 @@ def mla_prefill(
     for b, offset in enumerate(causal_offsets):
         rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
         keys = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
-        score = np.einsum("ind,jnd->inj", q[rows, :, :dn], kv[keys, :, :dn])
-        score = scale * (score + np.einsum("inr,jr->inj", q[rows, :, dn:], k_pe[keys]))
-        i, j = np.ogrid[: score.shape[0], : score.shape[2]]
-        score[np.broadcast_to((j > i + offset)[:, None, :], score.shape)] = -np.inf
+        score = causal_scores(q[rows], kv[keys], k_pe[keys], offset, scale)
         largest[rows] = score.max(axis=-1, initial=-np.inf)
         p, lse[rows] = softmax(score)
         out[rows] = np.einsum("inj,jnd->ind", p, kv[keys, :, dn:])
@@ -60,10 +57,7 @@ def mla_prefill_backward(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets
     for b, offset in enumerate(causal_offsets):
         rows = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
         keys = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
-        score = np.einsum("ind,jnd->inj", q[rows, :, :dn], kv[keys, :, :dn])
-        score = scale * (score + np.einsum("inr,jr->inj", q[rows, :, dn:], k_pe[keys]))
-        i, j = np.ogrid[: score.shape[0], : score.shape[2]]
-        score[np.broadcast_to((j > i + offset)[:, None, :], score.shape)] = -np.inf
+        score = causal_scores(q[rows], kv[keys], k_pe[keys], offset, scale)
         p, _ = softmax(score)
         dp = np.einsum("ind,jnd->inj", dout[rows], kv[keys, :, dn:])
         ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
@@ -107,6 +101,14 @@ def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=F
         p, lse[b] = softmax(score)
         out[b] = p @ rows[:, :kv_lora_rank]
     return (out, lse) if return_lse else out
+
+
+def causal_scores(q, kv, k_pe, offset, scale):
+    """[T, N, S] of one sequence's queries [T, N, dn + R] and keys; -inf where key j > i + offset of query i."""
+    dn = q.shape[2] - k_pe.shape[1]
+    score = np.einsum("ind,jnd->inj", q[..., :dn], kv[..., :dn]) + np.einsum("inr,jr->inj", q[..., dn:], k_pe)
+    i, j = np.ogrid[: score.shape[0], : score.shape[2]]
+    return np.where((j > i + offset)[:, None, :], -np.inf, scale * score)
 
 
 def softmax(score):

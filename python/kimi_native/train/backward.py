@@ -25,7 +25,6 @@ from kimi_native.train.params import below, check, put_below
 LOGITS = 2**20  # that are held together, but of 64 tokens at least
 EMBEDDING = "model.embed_tokens.weight"
 BIAS = "mlp.gate.e_score_correction_bias"
-VISION = ("vision_tower.", "mm_projector.")
 
 
 @dataclass(frozen=True)
@@ -197,10 +196,7 @@ def _embed_backward(params: dict, config: Config, batch: Batch, media: tuple, dx
     for span in spans:
         is_text[span.start : span.stop] = False
     embedding = _sums_by_token(batch.token_ids[is_text], dx[is_text], len(params[name]))
-    if spans:
-        of_vision = backward_vision.backward(params, config, saved, [dx[span.start : span.stop] for span in spans])
-    else:
-        of_vision = {name: np.zeros_like(array) for name, array in params.items() if name.startswith(VISION)}
+    of_vision = backward_vision.backward(params, config, saved, [dx[span.start : span.stop] for span in spans])
     return {name: embedding} | of_vision
 
 
