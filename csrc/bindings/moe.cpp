@@ -180,7 +180,7 @@ void check_experts(const Args& a, const char* name, const ExpertWeights& w, int6
 // workspace None: returns the number of floats it must hold.
 template <class On>
 size_t fused_moe(On on, Tensor x, Tensor topk_weights, Tensor topk_ids, const ExpertTable& gate, const ExpertTable& up,
-                 const ExpertTable& down, Tensor out, std::optional<Tensor> workspace, int digits) {
+                 const ExpertTable& down, Tensor out, std::optional<Tensor> workspace, int digits, bool accumulate) {
   using Activation = typename On::Activation;
   const Args a("fused_moe", on);
   Dim T{"T"}, H{"H"}, K{"K"};
@@ -202,6 +202,7 @@ size_t fused_moe(On on, Tensor x, Tensor topk_weights, Tensor topk_ids, const Ex
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.H = H, p.I = p.gate.n_out, p.K = K, p.E = p.gate.E, p.digits = digits;
+  p.accumulate = accumulate;
   Dim floats{"floats", int64_t(KIMI_WORKSPACE(fused_moe, p))};
   if (!workspace) return size_t(floats.size);
   p.workspace = a.dense<float>("workspace", *workspace, floats);

@@ -10,8 +10,10 @@ namespace {
 
 // The workspace: activations, as floats and as integers, then the integers of the sort.
 struct Workspace {
-  Inputs x, act;     // act: [M, I] silu(gate x) * up x, rows sorted by expert
-  float* act_rows;   // where act is written
+  Inputs x, act;    // act: [M, I] silu(gate x) * up x, rows sorted by expert
+  float* act_rows;  // where act is written
+  float* sums;      // [T, H] of experts, where there is more to add: rows `sums_stride` apart
+  int64_t sums_stride;
   int32_t* inverse;  // [M] sorted row of each (token, slot)
   int32_t* pair;     // [M] the way back: (token, slot) of each sorted row
   int32_t* offsets;  // [E + 1]
@@ -28,6 +30,8 @@ struct Workspace {
       return at;
     };
     act_rows = reinterpret_cast<float*>(take(M * p.I * sizeof(float)));
+    sums = p.accumulate ? reinterpret_cast<float*>(take(int64_t(p.T) * p.H * sizeof(float))) : p.out;
+    sums_stride = p.accumulate ? p.H : p.out_stride;
     x = quantized({.x = p.x, .stride = p.x_stride}, p.gate.scale && p.up.scale, p.T, p.H, p.digits, take);
     act = quantized({.x = act_rows, .stride = p.I}, p.down.scale, M, p.I, p.digits, take);
     inverse = reinterpret_cast<int32_t*>(take((3 * M + p.E + 1) * sizeof(int32_t)));
@@ -87,7 +91,7 @@ void gate_and_up(const Kernels& k, const FusedMoeParams<float>& p, const Workspa
   }
 }
 
-// out[token][row..row + rows) += router weight * down_e act, for the tokens of expert e.
+// sums[token][row..row + rows) += router weight * down_e act, for the tokens of expert e.
 void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float sums[kBlockT * kBlockRows];
   int64_t sorted[kBlockT];
@@ -97,7 +101,7 @@ void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Worksp
     matmul_expert(k, s.act, sorted, tokens, p.down, e, row, rows, sums);
     for (int i = 0; i < tokens; i++) {
       const int pair = s.pair[first + i];
-      k.add_scaled(p.out + pair / p.K * p.out_stride + row, p.topk_weights[pair], sums + i * kBlockRows, rows);
+      k.add_scaled(s.sums + pair / p.K * s.sums_stride + row, p.topk_weights[pair], sums + i * kBlockRows, rows);
     }
   }
 }
@@ -126,9 +130,12 @@ void fused_moe(const FusedMoeParams<float>& p) {
   });
   quantize(k, s.act, s.offsets[p.E], p.I);
   parallel_for(p.H, item_rows(p.H), [&](int64_t begin, int64_t end) {
-    for (int t = 0; t < p.T; t++) std::fill(p.out + t * p.out_stride + begin, p.out + t * p.out_stride + end, 0.0f);
+    for (int t = 0; t < p.T; t++) std::fill_n(s.sums + t * s.sums_stride + begin, end - begin, 0.0f);
     for (int i = 0; i < active; i++)
       blocks_of(int(begin), int(end), [&](int row, int rows) { down_and_add(k, p, s, s.active[i], row, rows); });
+    if (p.accumulate)
+      for (int t = 0; t < p.T; t++)
+        k.add_scaled(p.out + t * p.out_stride + begin, 1.0f, s.sums + t * s.sums_stride + begin, end - begin);
   });
 }
 

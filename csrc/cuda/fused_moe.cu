@@ -99,10 +99,13 @@ struct DownWork {
     return pair < 0 ? nullptr : h + int64_t(pair) * p.I;
   }
   PTX_FN void store(int tile, int r, int n, const float (&sums)[kStreamTiles]) const {
-    const int row = tile * kRows + r;
     if (n >= p.T) return;
-    if (row < p.H) p.out[n * p.out_stride + row] = to_bf16(sums[0]);
-    if (row + kStreamRows < p.H) p.out[n * p.out_stride + row + kStreamRows] = to_bf16(sums[1]);
+#pragma unroll
+    for (int m = 0; m < kStreamTiles; ++m)
+      if (const int row = tile * kRows + m * kStreamRows + r; row < p.H) {
+        bf16& out = p.out[n * p.out_stride + row];
+        out = to_bf16(p.accumulate ? to_float(out) + sums[m] : sums[m]);
+      }
   }
 };
 
@@ -143,15 +146,23 @@ void run_few(const FusedMoeParams<bf16>& p, bf16* h, Stream stream) {
 
 constexpr int kCombineThreads = 256;
 
-// out[t] = sum over k of y[row_of_pair[t, k]], eight elements a thread or one.
+// out[t] = sum over k of y[row_of_pair[t, k]], with accumulate from out[t] on, eight elements a thread or one.
 template <bool Vector>
 __global__ void __launch_bounds__(kCombineThreads)
-    fused_moe_combine_kernel(const bf16* y, const int32_t* row_of_pair, bf16* out, int64_t out_stride, int H, int K) {
+    fused_moe_combine_kernel(const bf16* y, const int32_t* row_of_pair, bf16* out, int64_t out_stride, int H, int K,
+                             bool accumulate) {
   constexpr int kStep = Vector ? 8 : 1;
   const int64_t t = blockIdx.x;
   const int i = (blockIdx.y * kCombineThreads + threadIdx.x) * kStep;
   if (i >= H) return;
+  bf16* const sums = out + t * out_stride + i;
   float sum[8] = {};
+  if (accumulate) {
+    if constexpr (Vector)
+      unpack8(*reinterpret_cast<const uint4*>(sums), sum);
+    else
+      sum[0] = to_float(*sums);
+  }
 #pragma unroll 4
   for (int k = 0; k < K; ++k) {
     const int64_t row = row_of_pair[t * K + k];
@@ -165,9 +176,9 @@ __global__ void __launch_bounds__(kCombineThreads)
     for (int j = 0; j < kStep; ++j) sum[j] += v[j];
   }
   if constexpr (Vector)
-    *reinterpret_cast<uint4*>(out + t * out_stride + i) = pack8(sum);
+    *reinterpret_cast<uint4*>(sums) = pack8(sum);
   else
-    out[t * out_stride + i] = to_bf16(sum[0]);
+    *sums = to_bf16(sum[0]);
 }
 
 struct Workspace {
@@ -238,7 +249,7 @@ void run_many(const FusedMoeParams<bf16>& p, const Workspace& s, Stream stream) 
   const bool vector = y_aligned && rows_aligned(p.out, p.out_stride, p.H);
   gpu::launch(vector ? fused_moe_combine_kernel<true> : fused_moe_combine_kernel<false>,
               dim3(p.T, ceil_div(vector ? p.H / 8 : p.H, kCombineThreads)), dim3(kCombineThreads), 0, stream, s.y,
-              s.row_of_pair, p.out, p.out_stride, p.H, p.K);
+              s.row_of_pair, p.out, p.out_stride, p.H, p.K, p.accumulate);
 }
 
 }  // namespace

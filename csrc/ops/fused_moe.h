@@ -1,5 +1,5 @@
 // Router output to weighted sum of experts: out[t] = sum_k w_k * down_e( silu(gate_e x[t]) * up_e x[t] ), e = ids[t,
-// k].
+// k], or with accumulate out[t] + that sum.
 #pragma once
 #include <cstddef>
 
@@ -22,6 +22,7 @@ struct FusedMoeParams {
   int T, H, I, K, E;
   int digits;  // CPU, INT4 weights: inputs as integers of so many signed bytes, 1 or 2 (see cpu/kernels.h); 0: as
                // floats
+  bool accumulate;
 };
 
 namespace cpu {

@@ -191,6 +191,32 @@ def test_hostile_shapes(on, rng, kind, T, H, width, K, E):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [0, 1, 8, 9, 33])
+@pytest.mark.parametrize(("H", "width"), [(96, 32), (64, 160)])
+def test_accumulate(on, rng, kind, T, H, width):
+    """Experts are added up before what out holds is added, on the CPU; with no expert chosen it stays."""
+    experts, _ = random_experts(on, rng, kind, 5, H, width)
+    x, routes, before = on.normal(rng, T, H), random_routes(rng, T, 3, 5), on.normal(rng, T, H)
+    alone, out = on(ops.fused_moe, x, **routes, **experts), strided(before)
+    assert on(ops.fused_moe, x, **routes, **experts, out=out, accumulate=True) is out
+    if on.cuda:  # alone was rounded, then the sum
+        sum_of_both = np.float64(before) + np.float64(alone)
+        assert (np.abs(out - sum_of_both) <= 2.0**-8 * (np.abs(alone) + np.abs(sum_of_both))).all()
+    else:
+        assert same_bits(np.ascontiguousarray(out), before + alone)
+    nobody = routes | {"topk_ids": np.full_like(routes["topk_ids"], -1)}
+    out = before.copy()
+    on(ops.fused_moe, x, **nobody, **experts, out=out, accumulate=True)
+    assert same_bits(out, before)
+
+
+def test_accumulate_onto_nothing(on, rng):
+    experts, _ = random_experts(on, rng, "int4", 2, 32, 32)
+    with pytest.raises(ValueError, match="fused_moe: accumulate without out"):
+        on(ops.fused_moe, on.normal(rng, 1, 32), **random_routes(rng, 1, 1, 2), **experts, accumulate=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("T", "K", "E"), [(2, 3, 5), (8, 2, 3), (9, 3, 9), (16, 2, 3), (40, 2, 2)])
 def test_whole_slabs(on, rng, kind, T, K, E):
     """Widths of several slabs of inputs for both products, and tiles that end early."""

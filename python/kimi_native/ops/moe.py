@@ -129,8 +129,9 @@ def grouped_gemm_int4(x, experts, offsets, out=None, sm90=False):
 DIGITS = {"float32": 0, "int16": 2, "int8": 1}  # signed bytes of an integer activation
 
 
-def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None, activations="float32"):
+def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None, activations="float32", accumulate=False):
     """Routed experts in one call: out[t] = sum_k w[t, k] * down_e( silu(gate_e x[t]) * up_e x[t] ), e = topk_ids[t, k].
+    With accumulate the sum is added to what out holds.
 
     x: float32, on the GPU bfloat16 [T, H], rows may be strided. topk_weights: float32 [T, K]. topk_ids: int32 [T, K],
     -1 (skipped) or an expert. gate, up: ExpertWeights [E, I, H]. down: ExpertWeights [E, H, I]. bf16 or INT4 each, on
@@ -144,12 +145,15 @@ def fused_moe(x, topk_weights, topk_ids, gate, up, down, out=None, activations="
     for name, experts in (("gate", gate), ("up", up), ("down", down)):
         if not isinstance(experts, ExpertWeights):
             raise TypeError(f"fused_moe: {name} is {type(experts).__name__}, expected ExpertWeights")
-    out = empty(x, *shape_of("fused_moe", "x", x, 2)) if out is None else out
+    if out is None:
+        if accumulate:
+            raise ValueError("fused_moe: accumulate without out, expected an array to add to")
+        out = empty(x, *shape_of("fused_moe", "x", x, 2))
     arguments = dict(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
     arguments |= dict(gate=gate.table, up=up.table, down=down.table, out=out)
     if activations not in DIGITS:
         raise ValueError(f"fused_moe: activations is {activations!r}, expected one of: {', '.join(DIGITS)}")
-    digits = DIGITS[activations]
-    floats = run("fused_moe", **arguments, workspace=None, digits=digits)
-    run("fused_moe", **arguments, workspace=empty(x, floats, dtype=np.float32), digits=digits)
+    how = dict(digits=DIGITS[activations], accumulate=accumulate)
+    floats = run("fused_moe", **arguments, workspace=None, **how)
+    run("fused_moe", **arguments, workspace=empty(x, floats, dtype=np.float32), **how)
     return out
