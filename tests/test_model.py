@@ -126,6 +126,103 @@ def test_each_form_of_attention_alone(loaded, isa, monkeypatch, naive, sizes):
     assert_near(in_chunks(loaded.model, sizes), loaded.expected)
 
 
+@pytest.mark.parametrize("experts", ["int4", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dense": "int8"}, {"activations": "float32", "cache_dtype": "float32"}, {"activations": "int8"}],
+    ids=str,
+)
+def test_a_recorded_step_gives_the_bits_of_a_plain_one(folder, bf16_folder, isa, monkeypatch, experts, options):
+    model = kn.load(bf16_folder if experts == "bf16" else folder, **options)
+    recorded = in_chunks(model, [100] + [1] * 50)
+    assert len(model._decode_graphs) == 0  # gone with its cache
+    monkeypatch.setattr(kn.Model, "_has_graph", lambda *_: False)
+    assert same_bits(recorded, in_chunks(model, [100] + [1] * 50))
+
+
+def test_recorded_steps_of_several_caches(loaded):
+    """Caches take turns; pages are added, and tokens taken back; each gives the bits that it gives alone."""
+    model = loaded.model
+
+    def run(tokens, other=lambda: None):
+        cache, rows = model.new_cache(200), []
+        model.forward(tokens[:62], cache)
+        for token in tokens[62:66]:
+            rows.append(model.forward([token], cache))
+            other()
+        cache.truncate(63)
+        rows.append(model.forward([tokens[63]], cache))
+        return np.concatenate(rows)
+
+    alone = run(TOKENS)
+    assert same_bits(alone[4], alone[1])
+    cache = model.new_cache(100)
+    model.forward(TOKENS[:5], cache)
+    assert same_bits(run(TOKENS, other=lambda: model.forward(TOKENS[5:6], cache)), alone)
+    assert cache.token_ids == TOKENS[:5] + TOKENS[5:6] * 4
+
+
+def test_a_recorded_step_reads_no_page_that_is_not_its_own(loaded):
+    results = []
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        cache = loaded.model.new_cache(200)
+        cache.pool.pages[...] = np.nan
+        cache.pool.free = list(order)
+        loaded.model.forward(TOKENS[:63], cache)
+        results.append(in_steps(loaded.model, cache, TOKENS[63:67]))
+        cache.truncate(0)
+        loaded.model.forward(TOKENS[:63], cache)  # now in other pages
+        results.append(in_steps(loaded.model, cache, TOKENS[63:67]))
+    assert np.isfinite(results[0]).all()
+    assert all(same_bits(result, results[0]) for result in results[1:])
+
+
+def in_steps(model, cache, tokens):
+    return np.concatenate([model.forward([token], cache) for token in tokens])
+
+
+def test_another_instruction_set_between_steps(loaded, monkeypatch):
+    """Rows of integers differ between instruction sets: the step is recorded again."""
+    model = kn.load(loaded.folder, activations="int16", dense="int8")
+    cache, used = model.new_cache(LENGTH), ops.isa()
+    model.forward(TOKENS[:10], cache)
+    first = in_steps(model, cache, TOKENS[10:12])
+    try:
+        for name in ops.available_isas():
+            ops.set_isa(name)
+            cache.truncate(10)
+            assert_near(in_steps(model, cache, TOKENS[10:12]), first, BF16_CACHE)
+    finally:
+        ops.set_isa(used)
+    cache.truncate(10)
+    assert same_bits(in_steps(model, cache, TOKENS[10:12]), first)
+
+
+def test_logits_of_a_recorded_step_outlive_the_next(loaded):
+    cache = loaded.model.new_cache(20)
+    loaded.model.forward(TOKENS[:10], cache)
+    first = loaded.model.forward(TOKENS[10:11], cache)
+    values = first.copy()
+    loaded.model.forward(TOKENS[11:12], cache)
+    assert same_bits(first, values)
+
+
+def test_a_recorded_step_that_is_broken_off_leaves_the_cache(loaded, monkeypatch):
+    cache, again = loaded.model.new_cache(20), loaded.model.new_cache(20)
+    for each in (cache, again):
+        loaded.model.forward(TOKENS[:11], each)
+
+    def broken_off(*_, **__):
+        raise KeyboardInterrupt
+
+    for where in (ops, ops.recording.Recording):  # while it is recorded, and later
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, "fused_moe" if where is ops else "launch", broken_off)
+            loaded.model.forward(TOKENS[11:12], cache)
+        assert cache.token_ids == TOKENS[:11]
+    assert same_bits(in_steps(loaded.model, cache, TOKENS[11:13]), in_steps(loaded.model, again, TOKENS[11:13]))
+
+
 @pytest.mark.parametrize("key_chunk", [1, 7, 64, 149, 150])
 def test_keys_in_chunks(loaded, monkeypatch, key_chunk):
     monkeypatch.setattr(model_module, "prefers_naive", lambda *_: True)

@@ -184,8 +184,7 @@ size_t mla_prefill_backward(On on, Tensor q, Tensor kv, Tensor k_pe, Tensor cu_s
   Dim floats{"floats", int64_t(cpu::mla_prefill_backward_workspace(p))};
   if (!workspace) return size_t(floats.size);
   p.workspace = a.dense<float>("workspace", *workspace, floats);
-  nb::gil_scoped_release release;
-  cpu::mla_prefill_backward(p);
+  KIMI_RUN_CPU(on, mla_prefill_backward, p);
   return 0;
 }
 
@@ -251,10 +250,8 @@ size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_l
     a.require(width.size <= cpu::kMaxMlaDecodeWidth, "cache has C + R = ", width.size, ", expected at most ",
               cpu::kMaxMlaDecodeWidth);
     check_pages(a, p);
-    for (int b = 0; b < p.B; b++) p.max_seq_len = std::max(p.max_seq_len, int(p.seq_lens[b]));
-  } else {
-    p.max_seq_len = int(std::min<int64_t>(INT_MAX, max_pages.size * page_size.size));
   }
+  p.max_seq_len = int(std::min<int64_t>(INT_MAX, max_pages.size * page_size.size));
   Dim floats{"floats", int64_t(KIMI_WORKSPACE(mla_decode, p))};
   if (!workspace) return size_t(floats.size);
   p.workspace = a.dense<float>("workspace", *workspace, floats);

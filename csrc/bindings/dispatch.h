@@ -1,13 +1,15 @@
 // Runs an op where its arrays live: on the CPU without the GIL, on the GPU in order with the stream it is given.
 //
 // A binding is a template over the backend, `template <class On> void op(On on, Tensor...)`: the activations it expects
-// are On::Activation. It checks, fills the struct and ends in KIMI_RUN(on, op, params).
+// are On::Activation. It checks, fills the struct and ends in KIMI_RUN(on, op, params), or for an op without a CUDA
+// kernel in KIMI_RUN_CPU.
 #pragma once
 #include <nanobind/nanobind.h>
 
 #include <string>
 #include <type_traits>
 
+#include "bindings/recording.h"
 #include "core/stream.h"
 #include "core/tensor.h"
 
@@ -15,6 +17,16 @@ namespace kimi {
 
 struct OnCpu {
   using Activation = float;
+  Recording* recording;  // where calls are written down as they are made, or null
+
+  template <class Call>
+  void run(const Call& call) const {
+    {
+      nanobind::gil_scoped_release release;
+      call();
+    }
+    if (recording) recording->add(call);
+  }
 };
 
 struct OnCuda {
@@ -28,14 +40,13 @@ constexpr bool kOnCpu = std::is_same_v<On, OnCpu>;
 
 }  // namespace kimi
 
-#define KIMI_RUN(on, op, params)              \
-  do {                                        \
-    if constexpr (kOnCpu<On>) {               \
-      ::nanobind::gil_scoped_release release; \
-      cpu::op(params);                        \
-    } else {                                  \
-      cuda::op(params, on.stream);            \
-    }                                         \
+#define KIMI_RUN_CPU(on, op, params) on.run([p = params] { cpu::op(p); })
+#define KIMI_RUN(on, op, params)    \
+  do {                              \
+    if constexpr (kOnCpu<On>)       \
+      KIMI_RUN_CPU(on, op, params); \
+    else                            \
+      cuda::op(params, on.stream);  \
   } while (0)
 
 // The floats that the op wants as workspace.

@@ -27,8 +27,7 @@ void gemm(On on, Tensor x, Tensor weight, Tensor out) {
   a.check_apart("out", out, "x", x);
   p.x_stride = x.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.n_in = in, p.n_out = n_out;
-  nb::gil_scoped_release release;
-  cpu::gemm(p);
+  KIMI_RUN_CPU(on, gemm, p);
 }
 
 template <class On>
@@ -45,8 +44,7 @@ void batched_gemm(On on, Tensor x, Tensor weight, Tensor out, bool transpose_wei
   p.weight_stride_n = weight.stride[0];
   p.out_stride_t = out.stride[0], p.out_stride_n = out.stride[1];
   p.T = T, p.N = N, p.n_in = in, p.n_out = n_out, p.transpose_weight = transpose_weight;
-  nb::gil_scoped_release release;
-  cpu::batched_gemm(p);
+  KIMI_RUN_CPU(on, batched_gemm, p);
 }
 
 // Binds in / 8 or in / 32 to the `in` of argument `name`, which must be a whole number of groups.
@@ -96,8 +94,7 @@ void gemm_int8(On on, Tensor x, Tensor weight, Tensor weight_scale, Tensor out, 
   p.T = T, p.N = N, p.n_in = in, p.n_out = n_out;
   Dim floats{"gemm_int8_workspace", int64_t(cpu::gemm_int8_workspace(p))};
   p.workspace = a.dense<float>("workspace", workspace, floats);
-  nb::gil_scoped_release release;
-  cpu::gemm_int8(p);
+  KIMI_RUN_CPU(on, gemm_int8, p);
 }
 
 template <class On>
@@ -110,8 +107,7 @@ void quantize_int8(On on, Tensor weight, Tensor quantized, Tensor weight_scale) 
   p.quantized = a.dense<int8_t>("quantized", quantized, n_out, in);
   p.weight_scale = a.dense<bf16>("weight_scale", weight_scale, n_out, groups);
   p.n_out = n_out, p.n_in = in;
-  nb::gil_scoped_release release;
-  cpu::quantize_int8(p);
+  KIMI_RUN_CPU(on, quantize_int8, p);
 }
 
 template <class On>
@@ -169,8 +165,7 @@ void silu_and_mul_backward(On on, Tensor x, Tensor dout, Tensor out) {
   a.check_apart("out", out, "x", x), a.check_apart("out", out, "dout", dout);
   p.x_stride = x.stride[0], p.dout_stride = dout.stride[0], p.out_stride = out.stride[0];
   p.T = T, p.I = I;
-  nb::gil_scoped_release release;
-  cpu::silu_and_mul_backward(p);
+  KIMI_RUN_CPU(on, silu_and_mul_backward, p);
 }
 
 template <class On>

@@ -40,8 +40,7 @@ void matmul(On on, Tensor a, Tensor b, Tensor out, bool symmetric) {
   args.check_apart("out", out, "b", b);
   p.out_stride = out.stride[out.ndim - 2];
   p.B = B, p.M = M, p.K = K, p.N = N, p.symmetric = symmetric;
-  nb::gil_scoped_release release;
-  cpu::matmul(p);
+  KIMI_RUN_CPU(on, matmul, p);
 }
 
 template <class On>
@@ -62,8 +61,7 @@ void grouped_matmul(On on, Tensor a, Tensor b, Tensor offsets, Tensor out) {
   args.check_apart("out", out, "b", b);
   p.b_stride_e = b.stride[0], p.out_stride_e = out.stride[0], p.out_stride = out.stride[out.ndim - 2];
   p.E = E, p.M = M, p.K = K, p.N = N;
-  nb::gil_scoped_release release;
-  cpu::grouped_matmul(p);
+  KIMI_RUN_CPU(on, grouped_matmul, p);
 }
 
 }  // namespace

@@ -43,8 +43,7 @@ void rms_norm_backward(On on, Tensor x, Tensor weight, Tensor dout, Tensor dx, T
   p.workspace = a.dense<float>("workspace", workspace, pieces, H);
   p.x_stride = x.stride[0], p.dout_stride = dout.stride[0];
   p.T = T, p.H = H, p.eps = eps;
-  nb::gil_scoped_release release;
-  cpu::rms_norm_backward(p);
+  KIMI_RUN_CPU(on, rms_norm_backward, p);
 }
 
 template <class On>

@@ -21,16 +21,17 @@ const Tensor& first_tensor(const First& first, const Rest&... rest) {
     return first_tensor(rest...);
 }
 
-// m.def of an op's bindings for both backends, either of which may be null, with the stream as last argument. None
-// comes through to the op's own checks, whose message names the argument.
+// m.def of an op's bindings for both backends, either of which may be null, with the stream as last argument, which on
+// the CPU is a Recording or 0. None comes through to the op's own checks, whose message names the argument.
 template <class Result, class... Arguments>
 void define(nanobind::module_& m, const char* name, Result (*on_cpu)(OnCpu, Arguments...),
             [[maybe_unused]] Result (*on_cuda)(OnCuda, Arguments...)) {
   m.def(
       name,
-      [=](Arguments... arguments, [[maybe_unused]] uintptr_t stream) -> Result {
+      [=](Arguments... arguments, uintptr_t stream) -> Result {
         const Tensor& first = first_tensor(arguments...);
-        if (first.device == Device::Cpu && on_cpu) return on_cpu(OnCpu{}, arguments...);
+        if (first.device == Device::Cpu && on_cpu)
+          return on_cpu(OnCpu{reinterpret_cast<Recording*>(stream)}, arguments...);
 #if defined(KIMI_CUDA)
         if (first.device == Device::Cuda && on_cuda) try {
             gpu::use_device(first.device_index);

@@ -73,6 +73,10 @@ void register_runtime(nanobind::module_& m) {
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa);
+  nanobind::class_<Recording>(m, "Recording")
+      .def(nanobind::init<>())
+      .def_prop_ro("address", [](const Recording& r) { return reinterpret_cast<uintptr_t>(&r); })
+      .def("replay", &Recording::replay);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_threads);
 #endif

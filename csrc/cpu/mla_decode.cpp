@@ -17,15 +17,19 @@ static_assert(kMaxMlaDecodeWidth * kLanes <= kScratch && kMaxMlaDecodeWidth <= k
 struct Pieces {
   int strips, group;              // of a sequence, of a group
   int64_t groups, splits, split;  // of a sequence; keys of a split
+  int64_t most_splits;            // that sequences of up to max_seq_len keys have
 
   explicit Pieces(const MlaDecodeParams<float>& p) {
+    int64_t longest = 0;
+    for (int b = 0; b < p.B; b++) longest = std::max<int64_t>(longest, p.seq_lens[b]);
     strips = int((int64_t(p.Q) * p.N + kLanes - 1) / kLanes);
     group = strips_in_scratch(p.C + p.R);
     groups = (strips + group - 1) / group;
     const int64_t most = std::max<int64_t>(1, kMaxPieces / std::max<int64_t>(1, p.B * groups));
-    const int64_t blocks = (p.max_seq_len + kFewSplits * kKeyBlock - 1) / (kFewSplits * kKeyBlock);
-    split = std::max(std::clamp(blocks * kKeyBlock, kKeyBlock, kLongSplit), (p.max_seq_len + most - 1) / most);
-    splits = (p.max_seq_len + split - 1) / split;
+    const int64_t blocks = (longest + kFewSplits * kKeyBlock - 1) / (kFewSplits * kKeyBlock);
+    split = std::max(std::clamp(blocks * kKeyBlock, kKeyBlock, kLongSplit), (longest + most - 1) / most);
+    splits = (longest + split - 1) / split;
+    most_splits = std::min(most, std::max(kFewSplits, (p.max_seq_len + kLongSplit - 1) / kLongSplit));
   }
 };
 
@@ -96,7 +100,7 @@ void combine(const Kernels& k, const MlaDecodeParams<float>& p, const Pieces& pi
 
 size_t mla_decode_workspace(const MlaDecodeParams<float>& p) {
   const Pieces pieces(p);
-  return size_t(p.B * pieces.splits * pieces.strips * State::size(p.C));
+  return size_t(p.B * pieces.most_splits * pieces.strips * State::size(p.C));
 }
 
 void mla_decode(const MlaDecodeParams<float>& p) {

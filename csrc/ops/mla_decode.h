@@ -18,7 +18,7 @@ struct MlaDecodeParams {
   float* lse;                 // [B, Q, N], log of the sum of exp(score)
   float* workspace;           // mla_decode_workspace(p) floats
   int B, Q, N, C, R, pages, page_size, max_pages;
-  int max_seq_len;  // at least the largest of seq_lens
+  int max_seq_len;  // the most that seq_lens may hold: max_pages * page_size
   float scale;
 };
 

@@ -59,7 +59,7 @@ class Linear:
 
     def logits(self, x, out) -> None:
         """The product into out, float32 on the GPU too."""
-        if self.parts[0][0] is ops.gemm_int4:
+        if self.parts[0][0] is ops.gemm_int4 and out.dtype != x.dtype:
             out[...] = self(x)
         else:
             self(x, out=out)
@@ -198,15 +198,16 @@ class MoE:
             return out
         if self.expert_cache is not None:
             self.expert_cache.read_ahead(self.index, topk_ids)  # while the shared expert is computed
-        out = self.shared_experts.forward(x)
-        out += self._routed(x, topk_weights, topk_ids)
-        return out
+            out = self.shared_experts.forward(x)
+            out += self._routed(x, topk_weights, topk_ids)
+            return out
+        return self._routed(x, topk_weights, topk_ids, out=self.shared_experts.forward(x), accumulate=True)
 
-    def _routed(self, x, topk_weights, topk_ids):
+    def _routed(self, x, topk_weights, topk_ids, **added_to):
         if self.expert_cache is not None:
             return self.expert_cache.fused_moe(self.index, x, topk_weights, topk_ids, self.activations)
         projections = self.gate_proj.weights, self.up_proj.weights, self.down_proj.weights
-        return ops.fused_moe(x, topk_weights, topk_ids, *projections, activations=self.activations)
+        return ops.fused_moe(x, topk_weights, topk_ids, *projections, activations=self.activations, **added_to)
 
 
 class DecoderLayer:
@@ -421,7 +422,8 @@ class Model:
             chunk = ids[start : start + size]
             embedded = self._embed(chunk, start, spans, media_progress)
             done = partial(_report, progress, start * depth, len(chunk), len(ids) * depth) if progress else None
-            hidden = self._through(embedded, self._step(len(chunk), cache), done)
+            residual = array_module(embedded).zeros(embedded.shape, np.float32)
+            hidden = self._through(embedded, residual, self._step(len(chunk), cache), done)
             cache.commit(keys[start : start + size])
             if logits is None:
                 rows = 1 if last_only else len(ids)
@@ -480,9 +482,10 @@ class Model:
             cache=cache,
         )
 
-    def _through(self, delta, step: Step, layer_done: Callable[[int], None] | None = None):
-        """Embedded tokens [T, H] through all layers and the final norm. On the GPU nothing is read back on the way."""
-        residual = array_module(delta).zeros(delta.shape, np.float32)
+    def _through(self, delta, residual, step: Step, layer_done: Callable[[int], None] | None = None):
+        """Embedded tokens [T, H] through all layers and the final norm; residual: float32 zeros of that shape. Nothing
+        is read back from the GPU on the way.
+        """
         for count, layer in enumerate(self.layers, 1):
             delta = layer.forward(delta, residual, step)
             if layer_done:
@@ -490,17 +493,19 @@ class Model:
         return ops.fused_add_rms_norm(delta, residual, self.norm, self.config.text_config.rms_norm_eps)
 
     def _has_graph(self, T: int, cache: Cache) -> bool:
-        """Whether these tokens are a step that is captured: one token on the GPU in the absorbed form."""
-        if self.device == "cpu" or self.experts_on_host or T > 1:
+        """Whether these tokens are a step that is captured: one token, in the absorbed form, all of it in one place,
+        where Python need not see to it that experts are in memory.
+        """
+        if self.experts_on_host or self.expert_cache is not None or T > 1:
             return False
         return not prefers_naive(self.config.text_config, T, len(cache) + T)
 
     def _decode(self, ids, cache: Cache):
         """Logits [1, V] of one token by the cache's graph, which is captured when the first token needs it."""
-        graph = self._decode_graphs.get(cache)
-        if graph is None:
-            graph = self._decode_graphs[cache] = DecodeGraph(self, cache)
-        logits = graph.launch(self.embed_tokens[ids], cache)
+        graph, embedding = self._decode_graphs.get(cache), self.embed_tokens[ids]
+        if graph is None or graph.isa != ops.isa():
+            graph = self._decode_graphs[cache] = DecodeGraph(self, cache, embedding)
+        logits = graph.launch(embedding, cache)
         cache.commit(ids.tolist())
         return logits
 
@@ -510,10 +515,10 @@ class Model:
             raise ValueError(
                 f"token_ids is {ids.dtype} of shape {list(ids.shape)}, expected a non-empty list of integers"
             )
-        vocab_size = self.config.text_config.vocab_size
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if wrong.size:
-            raise ValueError(f"token_ids[{wrong[0]}] is {ids[wrong[0]]}, expected 0 <= id < {vocab_size}")
+        values, vocab_size = ids.tolist(), self.config.text_config.vocab_size
+        if min(values) < 0 or max(values) >= vocab_size:
+            at = next(i for i, value in enumerate(values) if not 0 <= value < vocab_size)
+            raise ValueError(f"token_ids[{at}] is {values[at]}, expected 0 <= id < {vocab_size}")
         return ids.astype(np.int64)
 
     def _rope_tables(self, length: int):

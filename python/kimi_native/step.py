@@ -1,4 +1,4 @@
-"""What tokens carry through the layers, and a step of one token as a CUDA graph."""
+"""What tokens carry through the layers, and a step of one token that is captured once."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from ml_dtypes import bfloat16
 
+from kimi_native import ops
 from kimi_native.cache import PAGE_SIZE, Cache
 from kimi_native.ops import gpu
 from kimi_native.ops._array import empty
+from kimi_native.ops.recording import Recording
 
 
 @dataclass
@@ -38,43 +40,47 @@ class KeyChunk:
 
 
 class DecodeGraph:
-    """One token through the model as a CUDA graph, for one cache.
+    """One token through the model, for one cache, without Python between its ops: as a CUDA graph or recorded calls.
 
-    All that differs from token to token lies in one array on the GPU, filled by one copy before each launch: embedding,
-    slot and position of the token, the length, and the page table, which has room for all pages of the cache at once.
+    All that differs from token to token lies in one array, on the GPU filled by one copy before each launch: embedding,
+    slot and position of the token, the length, and the page table, which has room for all pages of the cache at once;
+    and the residual stream, which starts from zero.
     """
 
-    def __init__(self, model, cache: Cache):
+    def __init__(self, model, cache: Cache, embedding):
+        """embedding: that of the first token to be launched."""
         max_pages = min(-(-cache.max_tokens // PAGE_SIZE), cache.pool.pages.shape[1])
+        hidden, on_cpu = (1, model.embed_tokens.shape[1]), model.device == "cpu"
         fields = {
-            "embedding": ((1, model.embed_tokens.shape[1]), np.dtype(bfloat16)),
+            "embedding": (hidden, np.dtype(np.float32 if on_cpu else bfloat16)),
+            "residual": (hidden, np.dtype(np.float32)),
             "slots": ((1,), np.dtype(np.int64)),
             "positions": ((1,), np.dtype(np.int32)),
             "seq_lens": ((1,), np.dtype(np.int32)),
             "page_table": ((1, max_pages), np.dtype(np.int32)),
         }
         sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in fields.values()]
-        self._host = np.zeros(sum(sizes), np.uint8)
-        self._device = gpu.put(self._host)
+        self.isa, self._host = ops.isa(), np.zeros(sum(sizes), np.uint8)
+        self._device = self._host if on_cpu else gpu.put(self._host)
         self._inputs, inputs, at = {}, {}, 0
         for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
             span = slice(at, at + math.prod(shape) * dtype.itemsize)
             self._inputs[name] = self._host[span].view(dtype).reshape(shape)
             inputs[name] = self._device[span].view(dtype).reshape(shape)
             at += size
-        embedding, (cos, sin) = inputs.pop("embedding"), model._rope_tables(cache.max_tokens)
-        self._fill(model.embed_tokens[:1], cache)  # the row that the first token will write
+        begin, (cos, sin) = (inputs.pop("embedding"), inputs.pop("residual")), model._rope_tables(cache.max_tokens)
+        self._fill(embedding, cache)
         self._step = Step(
             **inputs, cos=cos, sin=sin, pages=cache.pool.pages, key_chunks=[], cache=None
         )  # kept: the graph reads its arrays
 
         def queue():
-            hidden = model._through(embedding, self._step)
+            hidden = model._through(*begin, self._step)
             logits = empty(hidden, 1, model.config.text_config.vocab_size, dtype=np.float32)
             model.lm_head.logits(hidden, logits)
             return logits
 
-        self._graph = gpu.Graph(queue)
+        self._graph = Recording(queue) if on_cpu else gpu.Graph(queue)
 
     def launch(self, embedding, cache: Cache):
         """Logits float32 [1, V] of the token that follows those in the cache; its row is written, not committed."""
@@ -84,9 +90,9 @@ class DecodeGraph:
     def _fill(self, embedding, cache: Cache) -> None:
         inputs, stop = self._inputs, len(cache) + 1
         inputs["slots"][:] = cache.reserve(1)
-        inputs["embedding"][:] = embedding
+        inputs["embedding"][:], inputs["residual"][:] = embedding, 0
         inputs["positions"][:], inputs["seq_lens"][:] = stop - 1, stop
         pages = cache.page_table
-        inputs["page_table"][:] = -1
-        inputs["page_table"][:, : pages.shape[1]] = pages
-        self._device.set(self._host)
+        inputs["page_table"][:, : pages.shape[1]] = pages  # what lies behind is not read
+        if self._device is not self._host:
+            self._device.set(self._host)

@@ -3,6 +3,8 @@
 An op runs where its arrays live: NumPy arrays on the CPU, CuPy arrays on the GPU. bf16 crosses as a uint16 view.
 """
 
+import threading
+
 import numpy as np
 from ml_dtypes import bfloat16
 
@@ -11,6 +13,12 @@ from kimi_native import _C
 BF16 = np.dtype(bfloat16)
 _FLOAT32, _UINT16 = np.dtype(np.float32), np.dtype(np.uint16)
 
+
+class _Here(threading.local):
+    recording = None  # the recording.Recording that this thread's ops on the CPU are written down in
+
+
+here = _Here()
 extension = _C  # the tests put the emulator of the CUDA kernels here, whose GPU arrays are NumPy's
 
 
@@ -62,9 +70,11 @@ def device_of(x) -> int:
 
 
 def stream_of(x) -> int:
-    """Where an op on x is queued: CuPy's current stream, 0 on the CPU."""
+    """Where an op on x is queued: CuPy's current stream; on the CPU where it is written down, or 0."""
     xp = array_module(x)
-    return 0 if xp is np else xp.cuda.get_current_stream().ptr
+    if xp is np:
+        return here.recording.address if here.recording else 0
+    return xp.cuda.get_current_stream().ptr
 
 
 def address(x) -> int:
@@ -75,6 +85,8 @@ def address(x) -> int:
 def run(op: str, **arguments):
     """Call the extension's `op` with the arguments in their order, on CuPy's current stream if they are on the GPU."""
     first = next(iter(arguments.values()))
+    if here.recording:
+        here.recording.keep(arguments.values())
     return getattr(extension, op)(*[bits(op, name, x) for name, x in arguments.items()], stream_of(first))
 
 
@@ -102,4 +114,6 @@ def shape_of(op: str, name: str, x, ndim: int) -> tuple[int, ...]:
 
 def empty(like, *shape: int, dtype=None):
     """A new array beside `like`; by default an activation, in the dtype of the activation `like`."""
+    if here.recording:
+        return here.recording.empty(shape, dtype or like.dtype)
     return array_module(like).empty(shape, dtype or like.dtype)
