@@ -49,7 +49,10 @@ class Cache:
         self.pool = pool
         self.max_tokens = max_tokens
         self.token_ids: list[int] = []
-        self._pages: list[int] = []
+        self._pages = 0  # in use
+        pages = -(-max_tokens // PAGE_SIZE)
+        self._table = np.empty((1, pages), np.int32)
+        self._slots = np.empty(pages * PAGE_SIZE, np.int64)  # of each position that the pages in use have room for
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -57,7 +60,7 @@ class Cache:
     @property
     def page_table(self) -> np.ndarray:
         """int32 [1, pages in use]"""
-        return np.array([self._pages], np.int32)
+        return self._table[:, : self._pages]
 
     def layer(self, index: int):
         """[num_pages, PAGE_SIZE, width], the layer's part of the pool."""
@@ -70,11 +73,15 @@ class Cache:
             raise ValueError(
                 f"cache: {len(self)} tokens and {count} more, expected at most max_tokens = {self.max_tokens}"
             )
-        needed = -(-end // PAGE_SIZE) - len(self._pages)
+        needed = -(-end // PAGE_SIZE) - self._pages
         if needed > len(self.pool.free):
             raise ValueError(f"cache: needs {needed} pages, the pool has {len(self.pool.free)} left")
-        self._pages += [self.pool.free.pop() for _ in range(needed)]
-        return self._slots(len(self), end)
+        for _ in range(needed):
+            page, start = self.pool.free.pop(), self._pages * PAGE_SIZE
+            self._table[0, self._pages] = page
+            self._slots[start : start + PAGE_SIZE] = np.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+            self._pages += 1
+        return self._slots[len(self) : end]
 
     def commit(self, token_ids: list[int]) -> None:
         """Declare the reserved slots of these tokens written."""
@@ -86,17 +93,13 @@ class Cache:
             raise ValueError(f"cache: truncate to {length}, expected 0 to {len(self)}")
         del self.token_ids[length:]
         kept = -(-length // PAGE_SIZE)
-        self.pool.free += reversed(self._pages[kept:])
-        del self._pages[kept:]
+        self.pool.free += self._table[0, kept : self._pages][::-1].tolist()
+        self._pages = min(self._pages, kept)
 
     def rows(self, layer: int, start: int, stop: int):
         """Rows of positions start .. stop - 1, [stop - start, width] in order; float32, on the GPU bfloat16."""
-        pages, slots = self.layer(layer), self._slots(start, stop)
+        pages, slots = self.layer(layer), self._slots[start:stop]
         rows = pages.reshape(-1, pages.shape[-1])
         if self.pool.device == "cuda":  # as uint16: bf16 is a dtype that CuPy would compile the copy for
             return rows.view(np.uint16).take(gpu.put(slots), axis=0).view(rows.dtype)
         return rows[slots].astype(np.float32)
-
-    def _slots(self, start: int, stop: int) -> np.ndarray:
-        positions = np.arange(start, stop)
-        return np.array(self._pages, np.int64)[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
