@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -53,11 +54,14 @@ class Pool {
       worker.detach();
     }
     if (has_all_cores()) keep_apart();
-    pieces_ = pieces, function_ = function, context_ = context;
-    next_.store(0, std::memory_order_relaxed);
+    function_ = function, context_ = context;
+    for (int64_t i = 0; i <= helpers; i++) {
+      shares_[i].next.store(pieces * i / (helpers + 1), std::memory_order_relaxed);
+      shares_[i].end = pieces * (i + 1) / (helpers + 1);
+    }
     finished_.store(0, std::memory_order_relaxed);
     open(helpers);
-    take_pieces();
+    take_pieces(0);
     close();
   }
 
@@ -119,14 +123,22 @@ class Pool {
       }
       if (!join(state)) continue;
       seen = state & ~(kOpen | kJoined);
-      take_pieces();
+      take_pieces(index + 1);
       finished_.fetch_add(1, std::memory_order_release);
       finished_.notify_one();
     }
   }
 
-  void take_pieces() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_;) function_(context_, i);
+  // Its own share from front to back, so that what a thread reads lies in a row, then what is left of the others'.
+  void take_pieces(int self) {
+    const int shares = helpers_.load(std::memory_order_relaxed) + 1;
+    for (int i = 0; i < shares; i++) {
+      Share& share = shares_[(self + i) % shares];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t piece = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (piece < share.end) function_(context_, piece);
+      }
+    }
   }
 
   std::mutex busy_;
@@ -139,8 +151,11 @@ class Pool {
   int caller_core_ = 0;
   std::atomic<uint32_t> state_{0}, finished_{0};
   std::atomic<int> helpers_{0};
-  std::atomic<int64_t> next_{0};
-  int64_t pieces_ = 0;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::array<Share, kMaxThreads> shares_;  // the caller's, then the workers'
   PieceFunction function_ = nullptr;
   void* context_ = nullptr;
 
