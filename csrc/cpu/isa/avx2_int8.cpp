@@ -62,20 +62,20 @@ struct Avx2 {
   static Sum zero() { return _mm256_setzero_ps(); }
   static float sum_of(Sum v) { return sum_lanes(v); }
 
-  // sums[t] += x[t] . w, of `groups` groups of a block.
+  // sums[t] += x[t] . w, of `groups` groups of a block. Every other group has a sum of its own: one chain of additions
+  // would take longer than the rest.
   template <int kTokens>
   [[gnu::always_inline]] static inline void add_block(const int8_t* w, const bf16* scale, int groups,
                                                       const Int8Block* x, __m256 (&sums)[kTokens]) {
     alignas(32) float scaled[kTokens][kGroups];
     const __m256 s = widen(load_row(scale));
-    __m256 sum[kTokens];
+    __m256 even[kTokens], odd[kTokens];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; t++) {
       _mm256_store_ps(scaled[t], _mm256_mul_ps(s, _mm256_load_ps(x[t].d)));
-      sum[t] = sums[t];
+      even[t] = sums[t], odd[t] = zero();
     }
-#pragma GCC unroll 2
-    for (int g = 0; g < groups; g++) {
+    const auto add = [&](int g, __m256(&sum)[kTokens]) [[gnu::always_inline]] {
       const __m256i first = _mm256_cvtepi8_epi16(load_row(w + 32 * g));
       const __m256i second = _mm256_cvtepi8_epi16(load_row(w + 32 * g + 16));
 #pragma GCC unroll 4
@@ -84,9 +84,12 @@ struct Avx2 {
                                                   _mm256_madd_epi16(second, load(x[t].q + 32 * g + 16)));
         sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_broadcast_ss(&scaled[t][g]), sum[t]);
       }
-    }
+    };
+    int g = 0;
+    for (; g + 2 <= groups; g += 2) add(g, even), add(g + 1, odd);
+    if (g < groups) add(g, even);
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; t++) sums[t] = sum[t];
+    for (int t = 0; t < kTokens; t++) sums[t] = _mm256_add_ps(even[t], odd[t]);
   }
 };
 

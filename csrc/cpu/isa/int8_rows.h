@@ -31,6 +31,10 @@ void dot_rows(const Int8Block* x, int64_t x_stride, const int8_t* w, const bf16*
   constexpr int kRows = kTokens == 1 ? 1 : 4;
   const int whole = n / kInt8Block, left = n % kInt8Block / 32;
   const int8_t* ahead = w + int64_t(kRows - 1) * n + kAhead;
+  const auto ask_ahead = [&](int bytes) {
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    ahead += bytes;
+  };
   for (int first = 0; first < rows; first += kRows) {
     const int few = least(kRows, rows - first);
     const int8_t* from = w + int64_t(first) * n;
@@ -40,14 +44,14 @@ void dot_rows(const Int8Block* x, int64_t x_stride, const int8_t* w, const bf16*
       for (auto& s : row) s = Isa::zero();
     for (int b = 0; b < whole; b++)
       for (int r = 0; r < few; r++) {
-        for (int i = 0; i < kInt8Block; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
-        ahead += kInt8Block;
+        ask_ahead(kInt8Block);
         Isa::template add_block<kTokens>(from + int64_t(r) * n + b * kInt8Block,
                                          scales + int64_t(r) * (n / 32) + b * kGroups, kGroups, x + b * x_stride,
                                          sum[r]);
       }
     if (left)
       for (int r = 0; r < few; r++) {
+        ask_ahead(32 * left);
         const bf16* at = scales + int64_t(r) * (n / 32) + whole * kGroups;
         const bool eight = int64_t(rows - 1 - first - r) * (n / 32) >= kGroups - left;  // can be read from there
         const int8_t* weights = from + int64_t(r) * n + whole * kInt8Block;
