@@ -59,9 +59,11 @@ namespace {
 
 void quantize(const Kernels& k, const Inputs& in, int64_t rows, int n) {
   if (!in.quantized) return;
-  parallel_for(rows, 1, [&](int64_t row, int64_t) {
-    k.quantized->quantize(in.x + row * in.stride, n, in.digits,
-                          const_cast<char*>(in.quantized) + row * in.quantized_stride);
+  constexpr int kInputs = 1 << 13;  // that a thread takes at once
+  parallel_for(rows, std::max(1, kInputs / std::max(n, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      k.quantized->quantize(in.x + row * in.stride, n, in.digits,
+                            const_cast<char*>(in.quantized) + row * in.quantized_stride);
   });
 }
 
@@ -77,6 +79,16 @@ int sort_pairs(const FusedMoeParams<float>& p, const Workspace& s) {
   return active;
 }
 
+// Asks for the rows that a block begins with: kernels ask for what follows those that they read.
+void ask_for_first(const ExpertWeights& w, int e, int row) {
+  constexpr int kWeights = 4096, kScales = 512;  // bytes beyond the first row
+  if (!w.scale) return;
+  const auto* weights = static_cast<const char*>(w.weight[e]) + int64_t(row) * w.n_in / 2;
+  const auto* scales = reinterpret_cast<const char*>(w.scale[e] + int64_t(row) * w.n_in / kInt4Group);
+  for (int i = 0; i < w.n_in / 2 + kWeights; i += 64) __builtin_prefetch(weights + i, 0, 2);
+  for (int i = 0; i < w.n_in / 16 + kScales; i += 64) __builtin_prefetch(scales + i, 0, 2);
+}
+
 // act[first + i][row..row + rows) for the tokens of expert e: gate and up side by side, then SwiGLU.
 void gate_and_up(const Kernels& k, const FusedMoeParams<float>& p, const Workspace& s, int e, int row, int rows) {
   float gate[kBlockT * kBlockRows], up[kBlockT * kBlockRows];
@@ -84,6 +96,7 @@ void gate_and_up(const Kernels& k, const FusedMoeParams<float>& p, const Workspa
   for (int first = s.offsets[e]; first < s.offsets[e + 1]; first += kBlockT) {
     const int tokens = std::min(kBlockT, s.offsets[e + 1] - first);
     for (int i = 0; i < tokens; i++) tokens_of[i] = s.pair[first + i] / p.K;
+    ask_for_first(p.up, e, row);
     matmul_expert(k, s.x, tokens_of, tokens, p.gate, e, row, rows, gate);
     matmul_expert(k, s.x, tokens_of, tokens, p.up, e, row, rows, up);
     for (int i = 0; i < tokens; i++)
@@ -107,8 +120,9 @@ void down_and_add(const Kernels& k, const FusedMoeParams<float>& p, const Worksp
 }
 
 // Rows that a thread takes at once: weights that follow each other are read ahead. No sum depends on it.
-int item_rows(int64_t all) {
-  return int(std::clamp<int64_t>(all / (8 * num_threads()), kBlockRows, 4 * kBlockRows)) / kBlockRows * kBlockRows;
+int item_rows(int64_t all, int tokens) {
+  const int least = tokens <= kFewTokens ? kFewRows : kBlockRows;
+  return int(std::clamp<int64_t>(all / (8 * num_threads()), least, 4 * kBlockRows)) / least * least;
 }
 
 }  // namespace
@@ -122,17 +136,19 @@ void fused_moe(const FusedMoeParams<float>& p) {
   const auto blocks_of = [&](int begin, int end, auto&& body) {
     for (int row = begin; row < end; row += kBlockRows) body(row, std::min(kBlockRows, end - row));
   };
-  const int up_rows = item_rows(int64_t(active) * p.I), ranges = (p.I + up_rows - 1) / up_rows;
+  const int up_rows = item_rows(int64_t(active) * p.I, p.T), ranges = (p.I + up_rows - 1) / up_rows;
   parallel_for(int64_t(active) * ranges, 1, [&](int64_t item, int64_t) {
     const int begin = int(item % ranges) * up_rows;
     blocks_of(begin, std::min(p.I, begin + up_rows),
               [&](int row, int rows) { gate_and_up(k, p, s, s.active[item / ranges], row, rows); });
   });
   quantize(k, s.act, s.offsets[p.E], p.I);
-  parallel_for(p.H, item_rows(p.H), [&](int64_t begin, int64_t end) {
+  parallel_for(p.H, item_rows(p.H, p.T), [&](int64_t begin, int64_t end) {
     for (int t = 0; t < p.T; t++) std::fill_n(s.sums + t * s.sums_stride + begin, end - begin, 0.0f);
-    for (int i = 0; i < active; i++)
+    for (int i = 0; i < active; i++) {
+      if (i + 1 < active) ask_for_first(p.down, s.active[i + 1], int(begin));
       blocks_of(int(begin), int(end), [&](int row, int rows) { down_and_add(k, p, s, s.active[i], row, rows); });
+    }
     if (p.accumulate)
       for (int t = 0; t < p.T; t++)
         k.add_scaled(p.out + t * p.out_stride + begin, 1.0f, s.sums + t * s.sums_stride + begin, end - begin);
