@@ -19,13 +19,13 @@ struct OnCpu {
   using Activation = float;
   Recording* recording;  // where calls are written down as they are made, or null
 
-  template <class Call>
-  void run(const Call& call) const {
+  template <class Params, class Call>
+  void run(const Params& p, const Call& call) const {
     {
       nanobind::gil_scoped_release release;
       call();
     }
-    if (recording) recording->add(call);
+    if (recording) recording->add(p, call);
   }
 };
 
@@ -40,7 +40,7 @@ constexpr bool kOnCpu = std::is_same_v<On, OnCpu>;
 
 }  // namespace kimi
 
-#define KIMI_RUN_CPU(on, op, params) on.run([p = params] { cpu::op(p); })
+#define KIMI_RUN_CPU(on, op, params) on.run(params, [p = params] { cpu::op(p); })
 #define KIMI_RUN(on, op, params)    \
   do {                              \
     if constexpr (kOnCpu<On>)       \

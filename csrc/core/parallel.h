@@ -12,6 +12,9 @@ int num_threads();
 void set_num_threads(int n);  // 1 <= n <= kMaxThreads
 constexpr int kMaxThreads = 1024;
 
+// What a region that comes soon is going to read: a thread that waits asks for the beginning of its share meanwhile.
+void read_next(const void* memory, int64_t bytes);
+
 using PieceFunction = void (*)(void* context, int64_t piece);
 void run_pieces(int64_t pieces, PieceFunction function, void* context);
 
