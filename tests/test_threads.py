@@ -83,6 +83,7 @@ def calls():
         "mla_prefill_backward": lambda: list(ops.mla_prefill_backward(*prefill, *attended, 2 * attended[0])),
         "mla_decode": lambda: list(ops.mla_decode(query, cache, pages, seq_lens, 64, 0.2, return_lse=True)),
         "mla_decode of one sequence": lambda: [ops.mla_decode(query[:1], cache, pages[:1], seq_lens[:1], 64, 0.2)],
+        "mla_decode int16": lambda: [ops.mla_decode(query, cache, pages, seq_lens, 64, 0.2, activations="int16")],
         "topk_sigmoid": lambda: list(ops.topk_sigmoid(logits, bias, 6)),
         "moe_permute": lambda: list(ops.moe_permute(x, ids, 96)),
         "moe_unpermute": lambda: [ops.moe_unpermute(rows, weights, inverse)],

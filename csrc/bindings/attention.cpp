@@ -228,7 +228,7 @@ void check_pages(const Args& a, const MlaDecodeParams<float>& p) {
 // workspace None: returns the number of floats it must hold.
 template <class On>
 size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_lens, Tensor out, Tensor lse,
-                  std::optional<Tensor> workspace, float scale) {
+                  std::optional<Tensor> workspace, float scale, bool integers) {
   using Activation = typename On::Activation;
   const Args a("mla_decode", on);
   Dim B{"B"}, Q{"Q"}, N{"N"}, C{"kv_lora_rank"}, width{"C + R"}, pages{"pages"}, page_size{"page_size"},
@@ -245,11 +245,15 @@ size_t mla_decode(On on, Tensor q, Tensor cache, Tensor page_table, Tensor seq_l
   p.cache_dtype = cache.dtype;
   p.B = B, p.Q = Q, p.N = N, p.C = C, p.R = int(width.size - C.size);
   p.pages = pages, p.page_size = page_size, p.max_pages = max_pages;
-  p.scale = scale;
+  p.scale = scale, p.integers = integers;
   if constexpr (kOnCpu<On>) {
+    check_type(!integers || cache.dtype == DType::BF16, a.op(),
+               ": activations are integers, which are for a bfloat16 cache; expected float32");
     a.require(width.size <= cpu::kMaxMlaDecodeWidth, "cache has C + R = ", width.size, ", expected at most ",
               cpu::kMaxMlaDecodeWidth);
     check_pages(a, p);
+  } else {
+    a.require(!integers, "activations are integers, which are for the CPU; expected float32");
   }
   p.max_seq_len = int(std::min<int64_t>(INT_MAX, max_pages.size * page_size.size));
   Dim floats{"floats", int64_t(KIMI_WORKSPACE(mla_decode, p))};

@@ -63,26 +63,57 @@ inline float log_sum_exp(float maximum, float sum) {
 // Strips of a block when a query needs so many floats of scratch.
 inline int strips_in_scratch(int floats) { return std::min(kMaxStrips, kScratch / (kLanes * floats)); }
 
-// Adds keys [0, n_keys) to the strips. load(j, row) brings key j into a row of the panel.
+// A block of rows as float32, and the products of strips with them. load(j, row) brings key j into a row.
+template <class Load>
+struct FloatPanel {
+  const Kernels& k;
+  const Strip* strips;
+  Row row;
+  float scale;
+  const Load& load;
+  float* rows;  // [kPanel]
+
+  int block() const { return std::min(kMaxKeys, kPanel / row.width); }
+
+  void fill(int64_t begin, int keys) {
+    for (int j = 0; j < keys; j++) load(begin + j, rows + j * row.width);
+  }
+  void scores(int strip, int keys, float* out) const {
+    k.attention->scores(strips[strip].q, rows, row.width, keys, row.key_dim, scale * kLog2E, out);
+  }
+  void add_values(const float* weights, int keys, const float* factor, float* out) const {
+    k.attention->add_values(weights, rows + row.value_at, row.width, keys, row.value_dim, factor, out);
+  }
+};
+
+// Adds keys [0, n_keys) to the strips.
+template <class Panel>
+void attend(const Kernels& k, const Strip* strips, int n_strips, int64_t n_keys, Panel& panel) {
+  alignas(64) float scores[kMaxKeys * kLanes];
+  const int block = panel.block();
+  for (int64_t j0 = 0; j0 < n_keys; j0 += block) {
+    const int keys = int(std::min<int64_t>(block, n_keys - j0));
+    panel.fill(j0, keys);
+    for (int i = 0; i < n_strips; i++) {
+      const Strip& s = strips[i];
+      const int seen = int(std::clamp<int64_t>(*std::max_element(s.limit, s.limit + kLanes) - j0, 0, keys));
+      if (seen == 0) continue;
+      panel.scores(i, seen, scores);
+      for (int r = 0; r < kLanes; r++)
+        for (int64_t j = std::max<int64_t>(0, s.limit[r] - j0); j < seen; j++) scores[j * kLanes + r] = -kInfinity;
+      float factor[kLanes];
+      k.attention->soften(scores, seen, s.state.maximum, s.state.sum, factor);
+      panel.add_values(scores, seen, factor, s.state.out);
+    }
+  }
+}
+
 template <class Load>
 void attend(const Kernels& k, const Strip* strips, int n_strips, const Row& row, float scale, int64_t n_keys,
             const Load& load) {
-  alignas(64) float panel[kPanel], scores[kMaxKeys * kLanes];
-  const int block = std::min(kMaxKeys, kPanel / row.width);
-  for (int64_t j0 = 0; j0 < n_keys; j0 += block) {
-    const int keys = int(std::min<int64_t>(block, n_keys - j0));
-    for (int j = 0; j < keys; j++) load(j0 + j, panel + j * row.width);
-    for (const Strip* s = strips; s < strips + n_strips; s++) {
-      const int seen = int(std::clamp<int64_t>(*std::max_element(s->limit, s->limit + kLanes) - j0, 0, keys));
-      if (seen == 0) continue;
-      k.attention->scores(s->q, panel, row.width, seen, row.key_dim, scale * kLog2E, scores);
-      for (int r = 0; r < kLanes; r++)
-        for (int64_t j = std::max<int64_t>(0, s->limit[r] - j0); j < seen; j++) scores[j * kLanes + r] = -kInfinity;
-      float factor[kLanes];
-      k.attention->soften(scores, seen, s->state.maximum, s->state.sum, factor);
-      k.attention->add_values(scores, panel + row.value_at, row.width, seen, row.value_dim, factor, s->state.out);
-    }
-  }
+  alignas(64) float rows[kPanel];
+  FloatPanel<Load> panel{k, strips, row, scale, load, rows};
+  attend(k, strips, n_strips, n_keys, panel);
 }
 
 }  // namespace kimi::cpu

@@ -33,12 +33,15 @@ struct Tables {
   QuantizedKernels quantized;
   Int8Kernels int8;
   AttentionKernels attention;
+  IntegerAttentionKernels integer_attention;
 
   void set(const Kernels& table, const Kernels& lower) {
     all = fill(table, lower, offsetof(Kernels, sum_squares));
     gemm = fill(*all.gemm, *lower.gemm), quantized = fill(*all.quantized, *lower.quantized);
     int8 = fill(*all.int8, *lower.int8), attention = fill(*all.attention, *lower.attention);
+    integer_attention = fill(*all.integer_attention, *lower.integer_attention);
     all.gemm = &gemm, all.quantized = &quantized, all.int8 = &int8, all.attention = &attention;
+    all.integer_attention = &integer_attention;
   }
 };
 

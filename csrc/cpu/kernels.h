@@ -42,6 +42,33 @@ struct AttentionKernels {
                           float scale, float* weights, float* dscores, int64_t stride);
 };
 
+// The same two products in integers. Rows of a bf16 cache become d * q, d being their largest magnitude over kRowLimit.
+// What they meet, kIntegerRun inputs of a query or the weights of up to kIntegerKeys keys, becomes d * q with a d in
+// each lane for which the magnitudes of q add up to at most kLaneSum. So no sum of their products leaves int32: what
+// rounding adds is less than 2^20 a product. What is not finite gets a d that is not. Magnitudes are summed in two
+// halves, of even and of odd rows, so that all instruction sets round alike.
+constexpr int kIntegerRun = 64, kIntegerKeys = 96;
+constexpr int kIntegerStep = 16;  // rows of integers are filled with zeros up to whole steps
+constexpr float kRowLimit = 11000, kLaneSum = (0x1p31f - 0x1p21f) / kRowLimit;
+
+struct IntegerAttentionKernels {
+  // The largest magnitude; what is not finite counts as larger than all numbers.
+  float (*largest)(const bf16* x, int n);
+  // Two rows times their factors, rounded, into q[h], and unless `pairs` is null into pairs [n][2]. 0 times infinity is
+  // 0.
+  void (*quantize_rows)(const bf16* const x[2], const float factor[2], int n, int16_t* const q[2], int16_t* pairs);
+  // factor[i] * x[i][r] becomes d[r] * q with q [n / 2][kLanes][2]; an odd last row gets zeros beside it.
+  void (*quantize_lanes)(const float* x, const float* factor, int n, int16_t* q, float* d);
+  // out[j][r] = row_scale[j] * sum_i query_scale[run of i][r] * rows[j][i] * q[i][r] for j < count, i < n, or with
+  // `add` that more. What lies at ahead[j][i] is asked for meanwhile, unless `ahead` is null.
+  void (*scores)(const int16_t* q, const float* query_scale, const int16_t* rows, int64_t stride,
+                 const float* row_scale, int count, int n, bool add, const bf16* const* ahead, float* out);
+  // out[c][r] = factor[r] * out[c][r] + d[r] * sum_j weights[j][r] . pairs[j][c] over pairs of keys j < count, for c <
+  // n; `stride` counts numbers.
+  void (*add_values)(const int16_t* weights, const float* d, const int16_t* pairs, int64_t stride, int count, int n,
+                     const float* factor, float* out);
+};
+
 // Products with stored weights in float32. Few tokens take the weights from where they lie. More multiply a strip of
 // weight rows that is decoded once for all of them: panel [n][kStrip], aligned to 64. Strides and `ahead`
 // are in elements, those of INT4 weights in bytes.
@@ -115,10 +142,12 @@ struct Kernels {
   const QuantizedKernels* quantized;
   const Int8Kernels* int8;
   const AttentionKernels* attention;
+  const IntegerAttentionKernels* integer_attention;
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;
 extern const AttentionKernels scalar_attention_kernels, avx2_attention_kernels, avx512_attention_kernels;
+extern const IntegerAttentionKernels scalar_integer_attention_kernels, avx2_integer_attention_kernels;
 extern const GemmKernels scalar_gemm_kernels, avx2_gemm_kernels, avx512_gemm_kernels;
 extern const Int8Kernels scalar_int8_kernels, avx2_int8_kernels, avx512_int8_kernels;
 extern const QuantizedKernels scalar_quantized_kernels, avx2_quantized_kernels, avx512_quantized_kernels,

@@ -20,6 +20,7 @@ struct MlaDecodeParams {
   int B, Q, N, C, R, pages, page_size, max_pages;
   int max_seq_len;  // the most that seq_lens may hold: max_pages * page_size
   float scale;
+  bool integers;  // CPU, bf16 cache: products of 16-bit integers (see cpu/kernels.h)
 };
 
 namespace cpu {

@@ -249,6 +249,184 @@ def test_nan_reaches_those_who_see_it(on, rng, C, R):
     assert np.isfinite(np.float32(out[~rows])).all()
 
 
+RUN, KEYS, ROW_LIMIT = 64, 96, np.float32(11000)  # as in cpu/kernels.h
+LANE_SUM = np.float32(2**31 - 2**21) / ROW_LIMIT
+# How far out may be from the reference that rounds rows and queries to the same integers, as a share of its norm: it
+# does not know the blocks of keys in which weights are rounded.
+SAME_INTEGERS = 1e-4
+
+
+def rounded_rows(cache, C):
+    """(rows as integers times scales, the scale of the value), in the kernels' own float32 arithmetic."""
+    rows, scales = np.zeros(cache.shape), []
+    for part in (slice(0, C), slice(C, None)):
+        x = np.nan_to_num(np.float32(cache[..., part]))  # what is not used is NaN
+        largest = np.abs(x).max(axis=-1, keepdims=True, initial=0)
+        largest[largest == 0] = 1
+        scales.append(largest * (1 / ROW_LIMIT))
+        rows[..., part] = np.rint(np.float64(x) * (ROW_LIMIT / largest)) * np.float64(scales[-1])
+    return rows, np.float64(scales[0][..., 0])
+
+
+def rounded_queries(q, C):
+    out, width = np.zeros(q.shape), q.shape[3]
+    for begin in [*range(0, C, RUN), *range(C, width, RUN)]:
+        run = np.s_[..., begin : min(begin + RUN, C if begin < C else width)]
+        size = np.abs(q[run])
+        even, odd = (np.cumsum(size[..., i::2], axis=-1)[..., -1:] for i in (0, 1))
+        total = even + (odd if odd.size else 0)
+        scale = np.maximum(total * (1 / LANE_SUM), size.max(axis=-1, keepdims=True) * np.float32(1 / 32767))
+        out[run] = np.rint(np.float64(q[run]) * (1 / scale)) * np.float64(scale)
+    return out
+
+
+def check_integers(given, out, lse):
+    """Against the reference that rounds alike, over all and by element: with f the weight of a key times the scale of
+    its row, no weight of a block moves by more than half of max(sum(f) / LANE_SUM, max(f) / 32767)."""
+    C = given["kv_lora_rank"]
+    rows, scales = rounded_rows(given["cache"], C)
+    alike = given | {"q": rounded_queries(given["q"], C), "cache": rows}
+    expected, expected_lse = reference.mla_decode(**alike, return_lse=True)
+    score = 1 + np.abs(expected_lse[np.isfinite(expected_lse)]).max(initial=0)
+    assert_close(lse, expected_lse, reduction=given["q"].shape[3] + given["seq_lens"].max(initial=0), scale=score)
+    assert np.linalg.norm(out - expected) <= SAME_INTEGERS * np.linalg.norm(expected)
+    for b, length in enumerate(given["seq_lens"]):
+        token = np.arange(length)
+        page, slot = given["page_table"][b, token // rows.shape[1]], token % rows.shape[1]
+        scores = given["scale"] * np.einsum("inc,jc->inj", alike["q"][b], rows[page, slot])
+        with np.errstate(invalid="ignore"):
+            f = np.exp(scores - expected_lse[b][..., None]) * scales[page, slot]
+        f[~np.isfinite(f)] = 0
+        most = f.max(axis=-1, initial=0)
+        step = np.maximum(np.minimum(f.sum(axis=-1), KEYS * most) / LANE_SUM, most / 32767)
+        magnitudes = (np.abs(rows[page, slot, :C]) / scales[page, slot, None]).sum(axis=0)  # of the integers
+        bound = step[..., None] / 2 * magnitudes + 1e-5 * score * np.abs(rows[page, slot, :C]).max(initial=0)
+        assert (np.abs(out[b] - expected[b]) <= bound).all()
+
+
+def decode_integers(given):
+    out, lse = ops.mla_decode(**given, return_lse=True, activations="int16")
+    check_integers(given, out, lse)
+    return out, lse
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("seq_lens", [[], [0], [1, 0, 2, 3, 5, 8, 17, 33], [63, 64, 65, 128, 129, 0, 191]])
+def test_integers_over_shuffled_pages(on, rng, seq_lens, page_size):
+    out, lse = decode_integers(given := random_arguments(rng, seq_lens, page_size))
+    empty = given["seq_lens"] == 0
+    assert (out[empty] == 0).all() and (lse[empty] == -np.inf).all()
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize(("N", "C", "R"), [(1, 1, 2), (1, 7, 6), (5, 31, 2), (7, 257, 10), (1, 600, 0), (3, 2000, 48)])
+def test_integers_of_hostile_shapes(on, rng, N, C, R):
+    decode_integers(random_arguments(rng, [1, 19, 70], 3, N, C, R))
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize(
+    ("seq_lens", "N", "Q"), [([1], 64, 1), ([700, 3], 17, 5), ([2000], 2, 1), ([70, 1, 300], 5, 4)]
+)
+def test_integers_of_the_model(on, rng, seq_lens, N, Q):
+    """Near the exact result too: by less than a fifth of what rounding the cache to bf16 moves it."""
+    N = min(N, 8) if on.isa == "scalar" else N
+    exact = random_arguments(rng, seq_lens, 64, N, 512, 64, np.float32, Q) | {"scale": SOFTMAX_SCALE / 3}
+    given = exact | {"cache": exact["cache"].astype(BF16)}
+    out, _ = decode_integers(given)
+    expected = reference.mla_decode(**given)
+    moved = np.linalg.norm(expected - reference.mla_decode(**exact))
+    assert np.linalg.norm(out - expected) < min(moved / 5, 2e-4 * np.linalg.norm(expected))
+
+
+@pytest.mark.kernels("cpu")
+def test_integers_do_not_overflow(on, rng):
+    """Sums as large as they may become: all numbers alike, of both signs, and all weights."""
+    given = random_arguments(rng, [96, 300], 16, 3, 512, 64)
+    given["q"][0], given["q"][1] = 3.0, -3.0
+    given["cache"][...] = -1.7
+    out, lse = ops.mla_decode(**given | {"scale": 0.01}, return_lse=True, activations="int16")
+    value, lengths = float(given["cache"][0, 0, 0]), given["seq_lens"][:, None, None]
+    score = 0.01 * 576 * 3.0 * value * np.array([1, -1])[:, None, None]
+    assert np.allclose(out, value, rtol=2e-4) and np.allclose(lse, score + np.log(lengths), rtol=2e-4)
+    given["q"][:, :, :, ::2] *= -1
+    assert np.allclose(ops.mla_decode(**given, activations="int16"), value, rtol=2e-4)
+
+
+@pytest.mark.kernels("cpu")
+def test_integers_of_parts_of_unlike_size(on, rng):
+    """The rope part does not take the value's digits, a key of small numbers none from a large one's; zeros stay."""
+    given = random_arguments(rng, [70, 9], 16, 3, 64, 16)
+    given["cache"][..., 64:] *= BF16.type(256)
+    given["cache"][:, ::3] *= BF16.type(2.0**-12)
+    given["cache"][:, 1] = 0
+    given["q"][..., 64:] /= 256
+    given["q"][..., :20] *= 100
+    decode_integers(given)
+
+
+@pytest.mark.kernels("cpu")
+def test_integers_where_the_largest_score_moves(on, rng):
+    given = random_arguments(rng, [160, 160], 16, 4, 64, 16)
+    given["q"][...] = 1
+    token = np.arange(160)
+    for b, sign in enumerate((1, -1)):
+        at = given["page_table"][b, token // 16], token % 16
+        rows = given["cache"][at]
+        rows[:, 64:] = (sign * (np.where(token < 100, token, 200 - token) * 4.0 - 200) / 16)[:, None]
+        given["cache"][at] = rows
+    decode_integers(given | {"scale": 1.0})
+
+
+@pytest.mark.kernels("cpu")
+def test_integers_of_pages_and_batch_do_not_change_a_sequence(on, rng):
+    given = random_arguments(rng, [37, 200, 90], 64)
+    whole, token = ops.mla_decode(**given, activations="int16"), np.arange(200)
+    rows = given["cache"][given["page_table"][1, token // 64], token % 64]
+    for page_size in (1, 8, 200):
+        alone = {
+            "q": given["q"][1:2],
+            "cache": rows.reshape(-1, page_size, 24),
+            "page_table": np.arange(200 // page_size, dtype=np.int32)[None],
+            "seq_lens": given["seq_lens"][1:2],
+        }
+        assert same_bits(ops.mla_decode(**given | alone, activations="int16")[0], whole[1])
+
+
+@pytest.mark.kernels("cpu")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [5, 70])
+def test_what_is_not_finite_reaches_those_who_see_it_in_integers(on, rng, bad, column):
+    given = random_arguments(rng, [70, 40], 16, 3, 64, 16, Q=2)
+    given["q"][0, 0, 1, column] = bad
+    out, lse = ops.mla_decode(**given, return_lse=True, activations="int16")
+    rows = np.isnan(out).all(axis=-1)
+    assert (rows == np.isnan(lse)).all() and np.argwhere(rows).tolist() == [[0, 0, 1]] and np.isfinite(out[~rows]).all()
+    given["q"][0, 0, 1, column] = 0
+    given["cache"][given["page_table"][1, 2], 39 - 32, max(column, 64)] = bad  # the last key's rope part
+    out, lse = ops.mla_decode(**given, return_lse=True, activations="int16")
+    rows = np.isnan(out).all(axis=-1)
+    assert (rows == np.isnan(lse)).all() and np.argwhere(rows).tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
+    assert np.isfinite(out[~rows]).all()
+
+
+def test_rejects_activations(rng):
+    given = random_arguments(rng, [5, 40], 3)
+    with pytest.raises(ValueError, match="mla_decode: activations is 'int8', expected one of: float32, int16"):
+        ops.mla_decode(**given, activations="int8")
+    given["cache"] = given["cache"].astype(np.float32)
+    with pytest.raises(TypeError, match="mla_decode: activations are integers, which are for a bfloat16 cache"):
+        ops.mla_decode(**given, activations="int16")
+
+
+@pytest.mark.kernels("gpu")
+def test_integers_are_for_the_cpu(on, rng):
+    given = random_arguments(rng, [5, 40], 3, draw=on.normal)
+    with pytest.raises(ValueError, match="mla_decode: activations are integers, which are for the CPU"):
+        on(ops.mla_decode, **given, activations="int16")
+
+
 @pytest.mark.kernels("gpu")  # the CPU refuses them
 @pytest.mark.parametrize("bad", [-1, 2**31 - 1, -(2**31), 10**6, "pages"])
 @pytest.mark.parametrize(("C", "R"), [*TILED, (31, 2)])

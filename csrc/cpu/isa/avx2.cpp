@@ -297,6 +297,7 @@ const Kernels avx2_kernels = {
     .quantized = &avx2_quantized_kernels,
     .int8 = &avx2_int8_kernels,
     .attention = &avx2_attention_kernels,
+    .integer_attention = &avx2_integer_attention_kernels,
 };
 
 }  // namespace kimi::cpu

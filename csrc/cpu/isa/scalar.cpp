@@ -120,6 +120,7 @@ const Kernels scalar_kernels = {
     .quantized = &scalar_quantized_kernels,
     .int8 = &scalar_int8_kernels,
     .attention = &scalar_attention_kernels,
+    .integer_attention = &scalar_integer_attention_kernels,
 };
 
 }  // namespace kimi::cpu

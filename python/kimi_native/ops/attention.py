@@ -125,7 +125,7 @@ def mla_prefill_backward(q, kv, k_pe, cu_seqlens_q, cu_seqlens_k, causal_offsets
     return dq, dkv, dk_pe
 
 
-def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False):
+def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=False, activations="float32"):
     """The last Q tokens of each sequence against its paged latent cache (the absorbed form of MLA).
 
     All heads share one key per token, the whole cache row, and one value, its first kv_lora_rank elements:
@@ -135,10 +135,14 @@ def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=F
     b sees its first seq_lens[b] - (Q - 1 - i) rows. cache: bfloat16, on the CPU also float32
     [pages, page_size, C + R]. page_table: int32 [B, max_pages]; entries behind a sequence's last page are not read.
     seq_lens: int32 [B], the last Q tokens included; a query that sees no row gets 0 and -inf. kv_lora_rank: C.
+    activations: what both products are made of on the CPU. "float32", or for a bfloat16 cache "int16": rows become
+    integers to 11000, 64 numbers of a query and the weights of a block of keys integers to 32767, each with a scale.
+    Faster; out moves by 1e-4 to 3e-4 of itself, a tenth of what rounding the cache to bfloat16 does. A row that holds
+    an infinity is NaN to the queries that see it.
     Returns out like q [B, Q, N, C], or (out, lse float32 [B, Q, N]) with return_lse.
-    Raises ValueError for a shape, a length or a page that does not fit, TypeError for a dtype or kind of array. On the
-    GPU lengths and pages are not read beforehand: a length beyond max_pages * page_size or a page that does not exist
-    gives NaN.
+    Raises ValueError for a shape, a length, a page or activations that do not fit, TypeError for a dtype or kind of
+    array, or integers with a float32 cache. On the GPU lengths and pages are not read beforehand: a
+    length beyond max_pages * page_size or a page that does not exist gives NaN.
     Source: DeepSeek-AI 2024, arXiv 2405.04434.
     """
     B, Q, N, width = shape_of("mla_decode", "q", q, 4)
@@ -146,8 +150,11 @@ def mla_decode(q, cache, page_table, seq_lens, kv_lora_rank, scale, return_lse=F
         raise ValueError(f"mla_decode: kv_lora_rank is {kv_lora_rank}, expected 1 to the width of q, {width}")
     out, lse = empty(q, B, Q, N, kv_lora_rank), empty(q, B, Q, N, dtype=np.float32)
     arguments = dict(q=q, cache=cache, page_table=page_table, seq_lens=seq_lens, out=out, lse=lse)
-    floats = run("mla_decode", **arguments, workspace=None, scale=scale)
-    run("mla_decode", **arguments, workspace=empty(q, floats, dtype=np.float32), scale=scale)
+    if activations not in ("float32", "int16"):
+        raise ValueError(f"mla_decode: activations is {activations!r}, expected one of: float32, int16")
+    arithmetic = dict(scale=scale, integers=activations == "int16")
+    floats = run("mla_decode", **arguments, workspace=None, **arithmetic)
+    run("mla_decode", **arguments, workspace=empty(q, floats, dtype=np.float32), **arithmetic)
     return (out, lse) if return_lse else out
 
 
