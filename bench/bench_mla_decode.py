@@ -1,4 +1,7 @@
-"""mla_decode: the last tokens of a batch of sequences, 64 heads or fewer, over the cached tokens, bf16 or float32."""
+"""mla_decode: the last tokens of a batch of sequences, 64 heads or fewer, over the cached tokens, bf16 or float32.
+
+On the CPU a bf16 cache is multiplied as int16, the default of models, and as float32.
+"""
 
 import numpy as np
 from kimi_native import ops
@@ -23,15 +26,16 @@ def run(harness, rng, case):
     page_table = shapes.page_table(rng, B, int(lengths.max()), case.page_size)
     q, placed = make.normal(rng, B, Q, N, width), (make.put(page_table), make.put(lengths))
     read, pairs = tokens_and_pairs(lengths, Q)
-    harness.run(
-        "mla_decode",
-        str(case),
-        lambda: ops.mla_decode(q, cache, *placed, C, scale),
-        bytes_moved=read * width * cache.itemsize + q.nbytes + q.nbytes // width * C,
-        operations=2 * pairs * N * (width + C),
-        baseline=lambda: numpy_mla_decode(q, cache, page_table),
-        cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == Q == 1 else None,
-    )
+    for activations in ("float32",) if harness.cuda or case.float32 else ("int16", "float32"):
+        harness.run(
+            "mla_decode",
+            f"{case} int16" if activations == "int16" else str(case),
+            lambda activations=activations: ops.mla_decode(q, cache, *placed, C, scale, activations=activations),
+            bytes_moved=read * width * cache.itemsize + q.nbytes + q.nbytes // width * C,
+            operations=2 * pairs * N * (width + C),
+            baseline=lambda: numpy_mla_decode(q, cache, page_table),
+            cpu_peers=(lambda: cpu_peers.mla_decode(q, cache, page_table, C, scale)) if B == Q == 1 else None,
+        )
 
 
 def case_lengths(rng, case):
