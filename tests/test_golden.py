@@ -22,6 +22,7 @@ INT4_ROUNDED = 2e-2
 # Activations as integers: the limit, 3.3e-4 and 3.1e-2 were seen, and how many of 88 tokens may have an expert turned.
 INTEGERS = {"int16": (1e-3, 0), "int8": (5e-2, 2)}
 
+INTEGER_ATTENTION = 3e-3  # 1.5e-3 was seen, a tenth of what rounding the cache does
 INT8_DENSE = 1.2e-1, 5  # of the weights outside the experts; 9.3e-2 was seen, and 0.79 where an expert is turned
 
 FOLDER = Path(__file__).parent / "golden"
@@ -143,6 +144,14 @@ def test_int4_is_near_bf16_where_products_are_rounded(tmp_path_factory):
 def test_integer_activations(tmp_path_factory, isa, activations):
     folder = make(tmp_path_factory, experts="int4")
     assert_near_but_for_turned(load(folder, activations=activations), load(folder), *INTEGERS[activations])
+
+
+def test_integer_attention(folder, isa):
+    """activations="int16" over a bf16 cache, where no expert is INT4: the attention alone."""
+    exact, integers = (load(folder, "bfloat16", activations) for activations in ("float32", "int16"))
+    (prompt, ours), (same_prompt, theirs) = decode(integers), decode(exact)
+    assert_near(ours, theirs, INTEGER_ATTENTION)
+    assert (prompt == same_prompt).all() and (ours != theirs).any()
 
 
 def test_dense_int8(folder, model, isa):

@@ -78,6 +78,7 @@ class MLA:
         c, N = config, config.num_attention_heads
         self.config, self.layer = config, layer
         self.scale = softmax_scale(config)
+        self.activations = "int16" if weights.upload is None and weights.activations != "float32" else "float32"
         self.qkv_a_proj = Linear(weights, c.hidden_size, q_a_proj=c.q_lora_rank, kv_a_proj_with_mqa=c.cache_width)
         self.q_a_layernorm = weights.tensor("q_a_layernorm.weight", c.q_lora_rank)
         self.q_b_proj = Linear(weights, c.q_lora_rank, q_b_proj=N * c.qk_head_dim)
@@ -138,13 +139,15 @@ class MLA:
         latent_q = empty(q, T, N, c.cache_width)
         self.w_uk(q_nope, out=latent_q[:, :, : c.kv_lora_rank])
         ops.rope(q_pe, step.cos, step.sin, step.positions, out=latent_q[:, :, c.kv_lora_rank :])
+        pages = step.pages[self.layer]
         latent_out = ops.mla_decode(
             latent_q[None],
-            step.pages[self.layer],
+            pages,
             step.page_table,
             step.seq_lens,
             c.kv_lora_rank,
             self.scale,
+            activations=self.activations if pages.dtype == bfloat16 else "float32",
         )
         return self.w_uv(latent_out[0])
 
@@ -256,8 +259,9 @@ class Model:
 
         device: "cpu" or "cuda". experts: "cpu" leaves the routed experts, nearly all of the weights, in host memory
         when the rest goes to the GPU; None keeps them beside the rest. activations: what INT4 experts on the CPU are
-        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe). dense: "int8", on the CPU alone, rounds the
-        bf16 matrices outside the experts as it loads them, but for the router and, in a prompt, kv_b_proj (see
+        multiplied by, "int16", "int8" or "float32" (see ops.fused_moe); with either kind of integer, attention of a few
+        tokens to a bf16 cache is in int16 too (see ops.mla_decode). dense: "int8", on the CPU alone, rounds the bf16
+        matrices outside the experts as it loads them, but for the router and, in a prompt, kv_b_proj (see
         ops.quantize_int8): half the bytes to read for a token, in memory of their own instead of the file's.
         cache_dtype: "bfloat16" or, on the CPU, "float32". expert_cache: memory for routed experts on the CPU, in bytes
         or as in "12GB", the others being read from the files when chosen; None takes what is available and leaves all
