@@ -153,20 +153,26 @@ struct Matrix {
   const bf16* scales(int r, int b) const { return scale + r * scale_stride + b * kGroups; }
 };
 
-// Asks for weights one group of rows ahead of their reading. The rows of a group lie one after the other, so whatever
-// the order within a group is, memory is read from front to back.
+// Asks for blocks of weight rows before they are read, and for their scales.
 struct Prefetch {
-  const uint8_t *w, *scale;
-  int blocks = 0;
-  int due = 0;  // blocks of rows that have been read and not been replaced by others asked for
+  const uint8_t* w;
+  const bf16* scale;
+  int64_t w_step, scale_step;
+  int due = 0;  // blocks that may be asked for
 
-  Prefetch(const Matrix& m, int rows)
-      : w(m.packed(rows, 0) + 4096), scale(reinterpret_cast<const uint8_t*>(m.scales(rows, 0)) + 512) {}
+  // One group of rows ahead of their reading. The rows of a group lie one after the other, so whatever the order within
+  // a group is, memory is read from front to back.
+  static Prefetch group_ahead(const Matrix& m, int rows) {
+    return {m.packed(rows, 0) + 4096, m.scales(rows, 0) + 256, kBlockBytes, kGroups};
+  }
+  // Block b of the rows from r on.
+  static Prefetch block_of_rows(const Matrix& m, int r, int b) {
+    return {m.packed(r, b), m.scales(r, b), m.w_stride, m.scale_stride};
+  }
 
   void next_block() {
-    _mm_prefetch(w, _MM_HINT_T0), _mm_prefetch(w + 64, _MM_HINT_T0);
-    w += kBlockBytes;
-    if (blocks++ % 4 == 0) _mm_prefetch(scale, _MM_HINT_T0), scale += 64;
+    _mm_prefetch(w, _MM_HINT_T0), _mm_prefetch(w + 64, _MM_HINT_T0), _mm_prefetch(scale, _MM_HINT_T0);
+    w += w_step, scale += scale_step;
   }
 };
 
@@ -229,7 +235,7 @@ template <int Digits, int Tokens>
 void dot_rows(const Block<Digits>* const* x, const Matrix& m, int rows, float* out, int out_stride) {
   constexpr int kRows = Tokens == 1 ? 1 : 4;
   const int whole = m.n / kBlock, blocks = blocks_of(m.n);
-  Prefetch ahead(m, kRows);
+  auto ahead = Prefetch::group_ahead(m, kRows);
   for (int first = 0; first < rows; first += kRows) {
     const int few = rows - first < kRows ? rows - first : kRows;
     __m256 sum[kRows][Tokens];
@@ -265,11 +271,13 @@ struct Panel {
   uint8_t q[kGroups][4][2 * Digits][2][32];  // [group][8 inputs][part][rows]: 4 bytes a row, of 4 or 2 inputs
   float scale[kGroups][2][8];
 
-  // Eight rows: w[r] and s[r] are where row r has its block.
-  void fill(const uint8_t* const* w, const bf16* const* s, int half) {
+  // Eight rows from w and s on.
+  void fill(const uint8_t* w, int64_t w_stride, const bf16* s, int64_t s_stride, int half) {
+    const auto packed = [&](int r, int i) { return load_half(w + r * w_stride + 16 * i); };
+    const auto scales = [&](int r) { return load_half(s + r * s_stride); };
     for (int i = 0; i < kGroups; i++) {  // the 16 bytes of a group in each row
       __m256i v[4], u[4];
-      for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(load_half(w[r + 4] + 16 * i), load_half(w[r] + 16 * i));
+      for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(packed(r + 4, i), packed(r, i));
       for (int r = 0; r < 2; r++) {
         u[r] = _mm256_unpacklo_epi32(v[2 * r], v[2 * r + 1]);
         u[r + 2] = _mm256_unpackhi_epi32(v[2 * r], v[2 * r + 1]);
@@ -285,7 +293,7 @@ struct Panel {
       }
     }
     __m256i v[4], u[4];
-    for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(load_half(s[r + 4]), load_half(s[r]));
+    for (int r = 0; r < 4; r++) v[r] = _mm256_set_m128i(scales(r + 4), scales(r));
     for (int r = 0; r < 2; r++) {
       u[r] = _mm256_unpacklo_epi16(v[2 * r], v[2 * r + 1]);
       u[r + 2] = _mm256_unpackhi_epi16(v[2 * r], v[2 * r + 1]);
@@ -303,80 +311,95 @@ struct Panel {
 
   // Block b of rows [r, r + 16)
   void load_rows(const Matrix& m, int r, int b) {
-    const uint8_t* w[kPanelRows];
-    const bf16* s[kPanelRows];
-    for (int i = 0; i < kPanelRows; i++) {
-      w[i] = m.packed(r + i, b), s[i] = m.scales(r + i, b);
-    }
-    fill(w, s, 0), fill(w + 8, s + 8, 1);
+    fill(m.packed(r, b), m.w_stride, m.scales(r, b), m.scale_stride, 0);
+    fill(m.packed(r + 8, b), m.w_stride, m.scales(r + 8, b), m.scale_stride, 1);
   }
 
-  // out[t][0..16) += block b of x[t] . the rows
+  // The same of a block that the end of the row cuts off.
+  void load_last(const Matrix& m, int r, int b) {
+    for (int half = 0; half < 2; half++) {
+      const auto row = [&](int i) { return LastBlock(m, r + 8 * half + i, b); };
+      const LastBlock last[] = {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+      fill(last->w, sizeof(LastBlock), last->scale, sizeof(LastBlock) / sizeof(bf16), half);
+    }
+  }
+
+  // out[t][0..16) += group 2 * pair + odd of a block of x[t] . the rows
   template <int Tokens>
-  [[gnu::noinline]] void multiply(const Block<Digits>* const* x, int b, float* out, int out_stride,
-                                  Prefetch& ahead) const {
+  [[gnu::always_inline]] void multiply_group(const Block<Digits>* const (&x)[Tokens], int64_t pair, int odd, float* out,
+                                             int64_t out_stride) const {
     using I = Integers<Digits>;
-    const Block<Digits>* block[Tokens];
-    for (int t = 0; t < Tokens; t++) block[t] = x[t] + b;
-    for (int g = 0; g < kGroups; g++) {
-      for (int i = 0; i < 2 && ahead.due > 0; i++, ahead.due--) ahead.next_block();  // a few at a time
-      const int8_t* in[Tokens];
-      for (int t = 0; t < Tokens; t++) in[t] = &block[t]->q[g / 2][0][g % 2 * 16];
-      const uint8_t* w = q[g][0][0][0];
-      __m256i sum[Tokens][2];
+    const uint8_t* w = q[2 * pair + odd][0][0][0];
+    __m256i sum[Tokens][2];
 #pragma GCC unroll 16
-      for (int i = 0; i < 8 * Digits; i++) {
-        const int j = i / (2 * Digits), p = i % (2 * Digits);
-        const __m256i first = load(w + 64 * i), second = load(w + 64 * i + 32);
-#pragma GCC unroll 4
-        for (int t = 0; t < Tokens; t++) {
-          int four;
-          __builtin_memcpy(&four, in[t] + 32 * p + 4 * j, 4);
-          const __m256i bytes = _mm256_set1_epi32(four);
-          const __m256i a = I::multiply(first, bytes), c = I::multiply(second, bytes);
-          sum[t][0] = i ? I::add(sum[t][0], a) : a, sum[t][1] = i ? I::add(sum[t][1], c) : c;
-          asm("" : "+x"(sum[t][0]), "+x"(sum[t][1]));  // or the compiler reorders the sums and spills them
-        }
-      }
+    for (int i = 0; i < 8 * Digits; i++) {
+      const int j = i / (2 * Digits), p = i % (2 * Digits);
+      const __m256i first = load(w + 64 * i), second = load(w + 64 * i + 32);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; t++) {
-        const int at = g / 2 + g % 2 * 4;
-        const __m256 d = _mm256_broadcast_ss(&block[t]->d[at]), c = _mm256_broadcast_ss(&block[t]->c[at]);
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-          float* to = out + t * out_stride + 8 * h;
-          const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(I::to_int32(sum[t][h])), d, c);
-          _mm256_storeu_ps(to, _mm256_fmadd_ps(product, _mm256_load_ps(scale[g][h]), _mm256_loadu_ps(to)));
-        }
+        int four;
+        __builtin_memcpy(&four, x[t]->q[pair][p] + 16 * odd + 4 * j, 4);
+        const __m256i bytes = _mm256_set1_epi32(four);
+        const __m256i a = I::multiply(first, bytes), c = I::multiply(second, bytes);
+        sum[t][0] = i ? I::add(sum[t][0], a) : a, sum[t][1] = i ? I::add(sum[t][1], c) : c;
+        asm("" : "+x"(sum[t][0]), "+x"(sum[t][1]));  // or the compiler reorders the sums and spills them
       }
+    }
+    const float* s = scale[2 * pair + odd][0];
+    const __m256 scales[] = {_mm256_load_ps(s), _mm256_load_ps(s + 8)};
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; t++) {
+      const int64_t at = pair + 4 * odd;
+      const __m256 d = _mm256_broadcast_ss(&x[t]->d[at]), c = _mm256_broadcast_ss(&x[t]->c[at]);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        float* to = out + t * out_stride + 8 * h;
+        const __m256 product = _mm256_fmadd_ps(_mm256_cvtepi32_ps(I::to_int32(sum[t][h])), d, c);
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(product, scales[h], _mm256_loadu_ps(to)));
+      }
+    }
+  }
+
+  // out[t][0..16) += block b of x[t] . the rows, asking for what is due a few at a time
+  template <int Tokens>
+  [[gnu::noinline]] void multiply(const Block<Digits>* const* x, int b, float* out, int64_t out_stride,
+                                  Prefetch& ahead) const {
+    const Block<Digits>* block[Tokens];
+    for (int t = 0; t < Tokens; t++) block[t] = x[t] + b;
+    for (int pair = 0; pair < kGroups / 2; pair++) {
+      if (ahead.due > 0) {
+        ahead.next_block(), ahead.next_block(), ahead.next_block(), ahead.next_block();
+        ahead.due -= 4;
+      }
+      multiply_group<Tokens>(block, pair, 0, out, out_stride);
+      multiply_group<Tokens>(block, pair, 1, out, out_stride);
     }
   }
 };
 
 // A strip of rows at a time, block after block. Many tokens have too many blocks of x for the cache: they are used for
-// four panels while they are near. Fewer leave memory the bound, and a strip of one panel asks for the least at a time.
+// four panels while they are near, and while one is used the next is asked for. Fewer leave memory the bound: a strip
+// of one panel asks for the least at a time, and memory is read from front to back.
 template <int Digits>
 void dot_panels(const Block<Digits>* const* x, int tokens, const Matrix& m, int rows, float* out, int out_stride) {
   alignas(64) Panel<Digits> panel;
   for (int t = 0; t < tokens; t++) __builtin_memset(out + t * out_stride, 0, rows * sizeof(float));
-  const int strip = tokens <= kStripTokens ? kPanelRows : kStripRows;
-  Prefetch ahead(m, strip);
-  for (int first = 0; first < rows; first += strip)
-    for (int b = 0; b < blocks_of(m.n); b++)
-      for (int r = first; r < rows && r < first + strip; r += kPanelRows) {
-        if (b < m.n / kBlock) {
+  const bool few = tokens <= kStripTokens;
+  const int strip = few ? kPanelRows : kStripRows, blocks = blocks_of(m.n);
+  auto ahead = Prefetch::group_ahead(m, strip);
+  for (int first = 0; first < rows; first += strip) {
+    const int end = rows - first < strip ? rows : first + strip;
+    for (int b = 0; b < blocks; b++)
+      for (int r = first; r < end; r += kPanelRows) {
+        if (b < m.n / kBlock)
           panel.load_rows(m, r, b);
-        } else {
-          for (int half = 0; half < 2; half++) {
-            const auto row = [&](int i) { return LastBlock(m, r + 8 * half + i, b); };
-            const LastBlock last[] = {row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
-            const uint8_t* w[8];
-            const bf16* s[8];
-            for (int i = 0; i < 8; i++) w[i] = last[i].w, s[i] = last[i].scale;
-            panel.fill(w, s, half);
-          }
-        }
-        ahead.due += kPanelRows;
+        else
+          panel.load_last(m, r, b);
+        const int next = r + kPanelRows;
+        if (!few)
+          ahead = Prefetch::block_of_rows(m, next < end || b + 1 == blocks ? next : first,
+                                          next < end ? b : (b + 1) % blocks);
+        ahead.due = kPanelRows;
         int t = 0;
         for (; t + kPanelTokens <= tokens; t += kPanelTokens)
           panel.template multiply<kPanelTokens>(x + t, b, out + t * out_stride + r, out_stride, ahead);
@@ -384,6 +407,7 @@ void dot_panels(const Block<Digits>* const* x, int tokens, const Matrix& m, int 
         if (tokens - t == 2) panel.template multiply<2>(x + t, b, out + t * out_stride + r, out_stride, ahead);
         if (tokens - t == 1) panel.template multiply<1>(x + t, b, out + t * out_stride + r, out_stride, ahead);
       }
+  }
 }
 
 template <int Digits>
