@@ -214,9 +214,10 @@ template <int Digits, int Tokens, int J>
 template <int Digits, int Tokens>
 [[gnu::always_inline]] inline void add_block(const uint8_t* w, const bf16* scales, const Block<Digits>* const* x, int b,
                                              __m256 (&sum)[Tokens]) {
-  const __m128i s = load_half(scales);
-  const __m256 scale =
-      _mm256_castsi256_ps(_mm256_set_m128i(_mm_and_si128(s, _mm_set1_epi32(int(0xffff0000))), _mm_slli_epi32(s, 16)));
+  const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,  //
+                                         -1, -1, 2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15);
+  const __m256 scale =  // of groups 0 2 4 6 1 3 5 7
+      _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_half(scales)), order));
   __m256 scaled[Tokens], odd[Tokens];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; t++) {
