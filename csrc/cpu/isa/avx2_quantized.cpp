@@ -171,7 +171,8 @@ struct Prefetch {
   }
 
   void next_block() {
-    _mm_prefetch(w, _MM_HINT_T0), _mm_prefetch(w + 64, _MM_HINT_T0), _mm_prefetch(scale, _MM_HINT_T0);
+    // The last bytes, as matrices begin anywhere in a cache line: the first belong to the line of the block before.
+    _mm_prefetch(w + 63, _MM_HINT_T0), _mm_prefetch(w + 127, _MM_HINT_T0), _mm_prefetch(scale + 7, _MM_HINT_T0);
     w += w_step, scale += scale_step;
   }
 };
