@@ -19,7 +19,8 @@ class Recording:
     """
 
     def __init__(self, call: Callable[[], object]):
-        self._calls, self._blocks, self._kept, self._new = _C.Recording(), [], [], True
+        self._calls, self._kept, self._new = _C.Recording(), [], True
+        self._blocks = [np.empty(0, np.uint8)]  # the first is never given out: it has the references of a free one
         self.address = self._calls.address
         _array.here.recording = self
         try:
@@ -38,7 +39,9 @@ class Recording:
         """A new array, in memory that earlier ones had and nobody refers to any more, or in more memory."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
-        free = (b for b in self._blocks if len(b) >= nbytes and sys.getrefcount(b) == 3)  # the list's, b and the call's
+        references = [sys.getrefcount(block) for block in self._blocks]
+        pairs = zip(self._blocks, references, strict=True)
+        free = [block for block, count in pairs if count == references[0] and len(block) >= nbytes > 0]
         block = min(free, key=len, default=None)
         if block is None:
             block = np.empty(nbytes, np.uint8)
