@@ -404,7 +404,7 @@ class Model:
         token_ids: integers, at least one, each in [0, vocab_size). Returns logits float32 [T, V], or [1, V] of the last
         token with last_only, where the model lies: a CuPy array on the GPU. Broken off by an exception, the cache keeps
         the chunks that were finished. progress(done, total) is called after each layer of each chunk, in tokens times
-        layers; on the GPU that is when the layer is queued.
+        layers, on the GPU when the layer is queued; of a single token that is captured at its end alone.
         media: the MediaItems, or their rows as encode_media returns them, whose placeholders stand in token_ids, one
         for each row: rows replace the embeddings of placeholders, in order. They are encoded when the first chunk comes
         that has some; media_progress as in encode_media. The cache knows them by content, see splice.Span.key. With
