@@ -140,6 +140,25 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(folder, bf16_folder, isa,
     assert same_bits(recorded, in_chunks(model, [100] + [1] * 50))
 
 
+def test_recorded_steps_beyond_the_rope_tables(folder, monkeypatch):
+    """Tables have room for twice the prompt; a step that needs longer ones is recorded again."""
+    model, tokens = kn.load(folder), (TOKENS * 3)[:306]
+
+    def steps():
+        cache = model.new_cache(400)
+        model.forward(tokens[:150], cache)
+        return in_steps(model, cache, tokens[150:])
+
+    recorded, graphs = steps(), []
+    assert len(model._cos) > 300  # they grew on the way
+    model._cos = model._sin = model._cos[:0]
+    capture = model_module.DecodeGraph
+    monkeypatch.setattr(model_module, "DecodeGraph", lambda *a: graphs.append(1) or capture(*a))
+    assert same_bits(steps(), recorded) and len(graphs) == 2
+    monkeypatch.setattr(kn.Model, "_has_graph", lambda *_: False)
+    assert same_bits(steps(), recorded)
+
+
 def test_recorded_steps_of_several_caches(loaded):
     """Caches take turns; pages are added, and tokens taken back; each gives the bits that it gives alone."""
     model = loaded.model

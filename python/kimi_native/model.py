@@ -505,9 +505,11 @@ class Model:
         return not prefers_naive(self.config.text_config, T, len(cache) + T)
 
     def _decode(self, ids, cache: Cache):
-        """Logits [1, V] of one token by the cache's graph, which is captured when the first token needs it."""
+        """Logits [1, V] of one token by the cache's graph, captured when the first token needs it, and anew where it
+        no longer serves.
+        """
         graph, embedding = self._decode_graphs.get(cache), self.embed_tokens[ids]
-        if graph is None or graph.isa != ops.isa():
+        if graph is None or not graph.serves(cache):
             graph = self._decode_graphs[cache] = DecodeGraph(self, cache, embedding)
         logits = graph.launch(embedding, cache)
         cache.commit(ids.tolist())

@@ -60,7 +60,7 @@ class DecodeGraph:
             "page_table": ((1, max_pages), np.dtype(np.int32)),
         }
         sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for shape, dtype in fields.values()]
-        self.isa, self._host = ops.isa(), np.zeros(sum(sizes), np.uint8)
+        self._isa, self._host = ops.isa(), np.zeros(sum(sizes), np.uint8)
         self._device = self._host if on_cpu else gpu.put(self._host)
         self._inputs, inputs, at = {}, {}, 0
         for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
@@ -68,7 +68,7 @@ class DecodeGraph:
             self._inputs[name] = self._host[span].view(dtype).reshape(shape)
             inputs[name] = self._device[span].view(dtype).reshape(shape)
             at += size
-        begin, (cos, sin) = (inputs.pop("embedding"), inputs.pop("residual")), model._rope_tables(cache.max_tokens)
+        begin, (cos, sin) = (inputs.pop("embedding"), inputs.pop("residual")), model._rope_tables(len(cache) + 1)
         self._fill(embedding, cache)
         self._step = Step(
             **inputs, cos=cos, sin=sin, pages=cache.pool.pages, key_chunks=[], cache=None
@@ -81,6 +81,10 @@ class DecodeGraph:
             return logits
 
         self._graph = Recording(queue) if on_cpu else gpu.Graph(queue)
+
+    def serves(self, cache: Cache) -> bool:
+        """Whether the next token may be launched: on the same instruction set, at a position within the tables."""
+        return self._isa == ops.isa() and len(cache) < len(self._step.cos)
 
     def launch(self, embedding, cache: Cache):
         """Logits float32 [1, V] of the token that follows those in the cache; its row is written, not committed."""
