@@ -121,7 +121,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         choices=["int16", "int8", "float32"],
         default="int16",
         help="what INT4 experts on the CPU are multiplied by: int16 (default, finer than bfloat16), int8 (faster, 1%% "
-        "error a layer), float32 (exact, slower)",
+        "error a layer), float32 (exact, slower); with integers, attention of new tokens to a bfloat16 cache is int16",
     )
     add(
         "--dense",
