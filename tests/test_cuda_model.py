@@ -28,6 +28,7 @@ from kimi_native.tiny_config import published_config
 from media_items import random_item
 from reference import model as reference
 from reference import vision
+from taking_turns import check_caches_taking_turns
 
 _E = pytest.importorskip("kimi_native._E", reason="the extension _E, the emulator, is not built")
 
@@ -241,28 +242,8 @@ def test_sampling_with_penalties_and_a_seed(place, folder):
 
 
 def test_one_graph_a_cache(gpu, folder):
-    """Caches take turns; pages are added, and tokens taken back; each gives the bits that it gives alone."""
-    model = kn.load(folder, device="cuda")
-
-    def run(tokens, other=None):
-        """Rows of the tokens from position 62 on, one by one; `other` takes a turn after each."""
-        cache, rows = model.new_cache(200), []
-        model.forward(tokens[:62], cache)
-        for token in tokens[62:66]:
-            rows.append(model.forward([token], cache).get())
-            if other:
-                other()
-        cache.truncate(63)
-        rows.append(model.forward([tokens[63]], cache).get())
-        return np.concatenate(rows)
-
-    alone = run(TOKENS)
-    assert same_bits(alone[4], alone[1])
-    cache = model.new_cache(100)
-    model.forward(TOKENS[:5], cache)
-    assert same_bits(run(TOKENS, other=lambda: model.forward(TOKENS[5:6], cache)), alone)
+    check_caches_taking_turns(kn.load(folder, device="cuda"), TOKENS)
     assert gpu.captured == 3
-    assert cache.token_ids == TOKENS[:5] + TOKENS[5:6] * 4
 
 
 def test_a_graph_works_in_memory_of_its_own(gpu):

@@ -22,6 +22,7 @@ from kimi_native.info import describe
 from kimi_native.tiny_config import published_config
 from reference import model as reference
 from reference import quantize_int8
+from taking_turns import check_caches_taking_turns
 
 FLOAT32 = 2e-5  # 6e-6 at most were seen
 INT16_INPUTS = 1e-3  # the same with dense="int8"; 6.0e-4 was seen
@@ -160,25 +161,7 @@ def test_recorded_steps_beyond_the_rope_tables(folder, monkeypatch):
 
 
 def test_recorded_steps_of_several_caches(loaded):
-    """Caches take turns; pages are added, and tokens taken back; each gives the bits that it gives alone."""
-    model = loaded.model
-
-    def run(tokens, other=lambda: None):
-        cache, rows = model.new_cache(200), []
-        model.forward(tokens[:62], cache)
-        for token in tokens[62:66]:
-            rows.append(model.forward([token], cache))
-            other()
-        cache.truncate(63)
-        rows.append(model.forward([tokens[63]], cache))
-        return np.concatenate(rows)
-
-    alone = run(TOKENS)
-    assert same_bits(alone[4], alone[1])
-    cache = model.new_cache(100)
-    model.forward(TOKENS[:5], cache)
-    assert same_bits(run(TOKENS, other=lambda: model.forward(TOKENS[5:6], cache)), alone)
-    assert cache.token_ids == TOKENS[:5] + TOKENS[5:6] * 4
+    check_caches_taking_turns(loaded.model, TOKENS)
 
 
 def test_a_recorded_step_reads_no_page_that_is_not_its_own(loaded):
